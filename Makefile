@@ -5,6 +5,7 @@ VENV ?= .venv
 SAMPLES := served/sample-datastore
 DATASET ?= $(SAMPLES)
 BIN := $(VENV)/bin
+SERVES := $(VENV)/.serves
 STAMP := $(VENV)/.installed
 
 # uv does not read pip's configuration: hand it the folders of wheels that pip is told to look in, if any.
@@ -20,17 +21,25 @@ $(BIN)/uv: constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt uv
 	@touch $@
 
-# Compiled at once: otherwise each start of the server compiles MONAI Label again where Python may not write bytecode.
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode $(FIND_LINKS) -c constraints.txt -e '.[server,dev]'
+INSTALL = $(BIN)/uv pip install --python $(BIN)/python $(FIND_LINKS) -c constraints.txt
+
+# What serves, and no more: each package costs a first start seconds.
+$(SERVES): pyproject.toml constraints.txt | $(BIN)/uv
+	$(INSTALL) -e '.[server,evaluation,postgresql,openvino]'
 	@touch $@
 
-serve: install $(filter $(SAMPLES),$(DATASET))
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
+	$(INSTALL) --compile-bytecode -e '.[server,dev]'
+	@touch $(SERVES) $@
+
+# Bytecode is kept, whatever the environment says: otherwise each start compiles MONAI Label and its packages anew.
+serve: export PYTHONDONTWRITEBYTECODE =
+serve: $(SERVES) $(filter $(SAMPLES),$(DATASET))
 	$(BIN)/segqc serve $(DATASET)
 
 # A newer OHIF than MONAI Label's package carries, by the machine's npm, or PyPI's where there is none.
-ohif: install
-	command -v npm > /dev/null || $(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -e '.[ohif]'
+ohif: $(SERVES)
+	command -v npm > /dev/null || $(INSTALL) --quiet -e '.[ohif]'
 	$(BIN)/segqc ohif
 
 # A copy, once: what annotators submit and what the server keeps is no part of the checkout.
@@ -76,7 +85,7 @@ format: install
 
 # The pages of docs/ with a reference of all modules from their docstrings; begin at site/index.html.
 docs: install
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -e '.[docs]'
+	$(INSTALL) --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:

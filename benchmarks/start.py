@@ -1,6 +1,7 @@
-"""How long from an empty clone to a server with networks? Clones this repository, runs `make serve`, and watches.
+"""How long from an empty clone to a server with networks and scores? Clones this repository and watches `make serve`.
 
     python benchmarks/start.py --work /tmp/start
+    python benchmarks/start.py --work /tmp/start --before 97569ab    # beside an earlier commit, in one run
 
 The first start includes the installation (packages may be in the installer's cache), the second one does not.
 """
@@ -8,12 +9,14 @@ The first start includes the installation (packages may be in the installer's ca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import json
 import os
 import platform
 import signal
+import sqlite3
 import subprocess
 import time
 import urllib.request
@@ -25,6 +28,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 URL = "http://127.0.0.1:8000/info/"
 LIMIT_SECONDS = 3000
+NETWORKS = ("segmentation", "segqc")
 
 
 def answers() -> bool:
@@ -50,39 +54,58 @@ def seconds_until(condition: Callable[[], bool], started: float, server: subproc
     return round(time.monotonic() - started, 1)
 
 
+def is_scored(store: Path) -> bool:
+    """Whether the scans that wait have their scores."""
+    query = "SELECT count(*) FROM job WHERE kind = 'scoring' AND state = 'done'"
+    with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as database:
+        return bool(database.execute(query).fetchone()[0])
+
+
+def measure(commit: str, clone: Path, log: Path) -> dict[str, float]:
+    """The seconds of two starts of a commit, in a new clone."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    subprocess.run(["git", "-C", str(clone), "checkout", "--quiet", commit], check=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS")}
+    own = clone / "served" / "sample-datastore" / "segqc"
+    watched: dict[str, Callable[[], bool]] = {"first answer": answers}
+    watched |= {f"{name} network": functools.partial(is_published, own / "models", name) for name in NETWORKS}
+    watched["all scores"] = functools.partial(is_scored, own / "store.sqlite")
+    seconds: dict[str, float] = {}
+    for start in ("empty clone", "second start"):
+        with log.open("ab") as lines:
+            started = time.monotonic()
+            server = subprocess.Popen(
+                ["make", "serve"], cwd=clone, env=environment, stdout=lines, stderr=lines, start_new_session=True
+            )
+            try:
+                for what in watched if start == "empty clone" else ("first answer",):
+                    seconds[f"{start}: {what}"] = seconds_until(watched[what], started, server)
+            finally:
+                os.killpg(server.pid, signal.SIGTERM)
+                server.wait(timeout=60)
+    return seconds
+
+
 def main() -> None:
-    """Measure both starts and write the result."""
+    """Measure both starts, of one commit or two, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="new folder for the clone")
+    parser.add_argument("--work", type=Path, required=True, help="new folder for the clones")
+    parser.add_argument("--before", help="an earlier commit to measure first")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "start.json")
     arguments = parser.parse_args()
     if answers():
         raise SystemExit(f"something answers at {URL} already")
-    clone = arguments.work / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS")}
-    seconds: dict[str, float] = {}
-    models = clone / "served" / "sample-datastore" / "segqc" / "models"
-    for start in ("make serve from an empty clone", "second start"):
-        with (arguments.work / "serve.log").open("ab") as log:
-            started = time.monotonic()
-            server = subprocess.Popen(
-                ["make", "serve"], cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-            try:
-                seconds[f"{start}: first answer of /info/"] = seconds_until(answers, started, server)
-                if "empty" in start:
-                    for network in ("segmentation", "segqc"):
-                        made = functools.partial(is_published, models, network)
-                        seconds[f"{start}: {network} network"] = seconds_until(made, started, server)
-            finally:
-                os.killpg(server.pid, signal.SIGTERM)
-                server.wait(timeout=60)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    load = round(os.getloadavg()[2], 1)
+    log = arguments.work / "serve.log"
+    before = None if arguments.before is None else measure(arguments.before, arguments.work / "before", log)
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
-        "load before": round(os.getloadavg()[2], 1),
-        "seconds": seconds,
+        "load before": load,
+        "seconds": measure("HEAD", arguments.work / "now", log),
+        "commit before": arguments.before,
+        "seconds before": before,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -42,9 +42,9 @@ class Structure:
     name: str
     values: tuple[int, ...]
 
-    def mask(self, labels: npt.NDArray[np.generic]) -> BoolArray:
-        """Return the structure's mask, of the label map's shape."""
-        mask: BoolArray = labels == self.values[0]
+    def mask(self, labels: npt.NDArray[np.generic], *, out: BoolArray | None = None) -> BoolArray:
+        """Return the structure's mask, of the label map's shape; ``out`` is where it is written."""
+        mask: BoolArray = np.equal(labels, self.values[0], out=out)
         for value in self.values[1:]:  # a hundred times as fast as np.isin
             mask |= labels == value
         return mask

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from segqc.networks.assessor import AssessmentResult, AssessmentSettings, Assessor, mask_sha256
+from segqc.networks.assessor import AssessmentResult, AssessmentSettings, Assessor, mask_sha256, part_of
 from segqc.networks.backends import Backend
 from segqc.networks.cache import LatestCache
 from segqc.networks.card import ModelCard
@@ -439,3 +439,19 @@ def test_a_mask_of_another_shape_and_a_card_of_other_structures_are_refused() ->
         assessor().assess(scan, Volume(labels.array[:-1], AFFINE), scan_id="s")
     with pytest.raises(ModelError, match="names 1 structures"):
         assessor(structures=STRUCTURES[:1])
+
+
+def test_a_part_of_error_maps_is_zero_beyond_where_was_looked() -> None:
+    whole = np.zeros((1, 6, 7, 8), np.float32)
+    box = slice(1, 4), slice(2, 7), slice(0, 3)
+    values = np.random.default_rng(0).random((1, 3, 5, 3)).astype(np.float32)
+    whole[(slice(None), *box)] = values
+    parts = [
+        box,
+        (slice(0, 6), slice(0, 7), slice(0, 8)),
+        (slice(2, 3), slice(0, 4), slice(2, 8)),
+        (slice(5, 6), slice(0, 2), slice(4, 8)),  # apart from it
+        (slice(0, 0), slice(0, 1), slice(0, 1)),  # nothing
+    ]
+    for part in parts:
+        np.testing.assert_array_equal(part_of(values, box, part), whole[(slice(None), *part)])

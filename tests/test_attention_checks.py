@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import select
 from typer.testing import CliRunner
 
 from segqc.cli import main
@@ -25,6 +26,7 @@ from segqc.store.events import SERVER
 from segqc.store.labels import ATTENTION_CHECK, FINAL, ORIGINAL, NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor, AttentionCheck, Change, LabelRecord, LeaseRecord, StructureChange
+from segqc.store.schema import LabelVersion
 from segqc.store.store import LabelChange, Store
 from segqc.types import LabelArray, Metrics
 from segqc.volumes import Volume, read_labels
@@ -299,6 +301,35 @@ def test_an_error_is_planted_by_a_draw_of_the_lease(tmp_path: Path) -> None:
     again = hand_out(other)[1]
     assert again is not None
     np.testing.assert_array_equal(both(other, again)[1].array, shown.array)
+
+
+@pytest.mark.parametrize("is_same", [True, False], ids=["the same mask", "another"])
+def test_a_lease_that_is_handed_out_twice_at_once_has_one_mask_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_same: bool
+) -> None:
+    dataset = dataset_with(tmp_path, settings())
+    with dataset.store.write() as transaction:
+        lease = leases.acquire(transaction, ANNA, "sequential", sequential.order, dataset.settings.annotation)
+    assert lease is not None
+    plan = planted_errors._planted
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(planted_errors, "_planted", plan)
+        plant_error(dataset, lease)
+        made = plan(*arguments)
+        assert made is not None
+        return made if is_same else (with_stroke(Volume(made[0], np.eye(4))), made[1])
+
+    monkeypatch.setattr(planted_errors, "_planted", overtaken)
+    plant_error(dataset, lease)
+    with dataset.store.read() as transaction:
+        check = attention_checks.of_lease(transaction, lease.id)
+        query = select(LabelVersion.id).where(LabelVersion.source == "attention check")
+        assert check is not None
+        assert list(transaction.scalars(query)) == [check.shown.id]
+    assert dataset.store.label_file(check.shown).is_file()
+    assert len(set(dataset.store.files.all_objects())) == 3, "of two masks and the error"
+    assert [finding for finding in maintenance.check(dataset.store) if finding.is_damage] == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1])

@@ -13,13 +13,24 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 from fastapi.testclient import TestClient
 from monailabel.client import MONAILabelClient
 
+from segqc.loop import planted_errors
 from segqc.loop.dataset import Dataset
 from segqc.server.monailabel.facade import current_app
 from segqc.store import attention_checks, corrections, labels
 from segqc.store.records import AttentionCheck
-from segqc.volumes import Volume, read_labels, write_labels
-from tests.server_kit import assess, draw_case, listening, make_dataset, serving
+from segqc.volumes import Volume, read_labels, read_scan, slice_layout, write_labels
+from tests.server_kit import (
+    add_models,
+    assess,
+    draw_case,
+    knowing_the_truth,
+    listening,
+    make_dataset,
+    serving,
+    without_liver,
+)
 from tests.test_attention_checks import kept_array, settings
+from tests.test_proposals import keep
 from tests.test_server_viewer import ANNA, BEN, next_scan, send, viewed
 
 pytestmark = pytest.mark.server
@@ -147,3 +158,68 @@ def test_monai_labels_client_gets_it_and_never_keeps_it(folder: Path, tmp_path: 
         expected[0, 0, 0] = 4
         np.testing.assert_array_equal(kept, expected)
         assert np.array_equal(read_labels(Path(client.download_label(scan, "original"))).array, as_sent)
+
+
+@pytest.fixture
+def proposing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """The network's mask lacks the liver in two slices; the planted error lies in the box there, and beside it."""
+    folder = make_dataset(tmp_path / "scans", scans=1, finals=0, config=f"{settings()}\n[boxes]\nmin_area_mm2 = 20\n")
+    add_models(folder, people=True)
+    knowing_the_truth(monkeypatch)
+    keep(Dataset(folder), without_liver(), "original")
+    missing = draw_case(0)[1].array != without_liver().array
+    in_slice = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(missing[..., 4]))
+
+    def planted(dataset: Dataset, image: Volume, mask: Volume, *_: object) -> tuple[np.ndarray, str]:
+        array = mask.array.copy()
+        box = array[(*in_slice, 4)]
+        box[draw_case(0)[1].array[(*in_slice, 4)] == 0] = 1
+        array[:3, :3, 4:6] = 4
+        return array, "leak"
+
+    monkeypatch.setattr(planted_errors, "_planted", planted)
+    with serving(folder) as made:
+        yield made
+
+
+def test_a_proposal_neither_outlines_nor_corrects_a_planted_error(proposing: TestClient, tmp_path: Path) -> None:
+    client = proposing
+    shown = next_scan(client)["scan"]
+    dataset = current_app().context.dataset
+    check = planted(dataset)
+    served, error = (kept_array(dataset, label) for label in (check.served, check.shown))
+    truth, version = draw_case(0)[1].array, check.served.id
+    offer = client.get(f"/segqc/viewer/scans/{shown['study']}/proposals/{version}", params=ANNA).json()
+    expected = np.where(truth != served, truth, error)
+    assert (expected != truth)[..., 4].any() and (expected != truth)[..., 5].any() and len(offer["boxes"]) == 2
+
+    def in_viewer(number: int, who: dict[str, str]) -> np.ndarray:
+        path = f"/segqc/viewer/scans/{shown['study']}/labels/{number}"
+        answer = client.get(path, params=who)
+        assert "no-store" in answer.headers["cache-control"]
+        size = len(shown["instances"]), shown["rows"], shown["columns"]
+        return slice_layout(read_scan(dataset.folder / "scan_0.nii.gz")).from_images(
+            np.frombuffer(answer.content, np.uint8).reshape(size)
+        )
+
+    def downloaded(path: str, **params: object) -> np.ndarray:
+        answer = client.get(path, params=params)
+        assert answer.status_code == 200, answer.text
+        (tmp_path / "label.nii.gz").write_bytes(answer.content)
+        array = read_labels(tmp_path / "label.nii.gz").array
+        return np.where(array == 2, 4, array)  # clients count the structures from 1
+
+    np.testing.assert_array_equal(in_viewer(version, ANNA), error)
+    np.testing.assert_array_equal(in_viewer(offer["version"], ANNA), expected)
+    np.testing.assert_array_equal(in_viewer(offer["version"], BEN), truth)
+    by_tag, by_version = "/datastore/label", "/segqc/labels/scan_0/proposal"
+    for who, proposed in ((ANNA, expected), ({}, expected), (BEN, truth)):
+        np.testing.assert_array_equal(downloaded(by_tag, label="scan_0", tag="proposal", **who), proposed)
+        np.testing.assert_array_equal(downloaded(by_version, version=version, **who), proposed)
+    images = slice_layout(read_scan(dataset.folder / "scan_0.nii.gz")).to_images(expected)  # every box is taken
+    done = send(client, shown, images, version, proposal={"version": offer["version"], "boxes": 2})
+    assert done.status_code == 200, done.text
+    assert planted(dataset).found is False, "who has taken the proposal has not found the error"
+    with dataset.store.read() as transaction:
+        kept = labels.get(transaction, done.json()["version"])
+    np.testing.assert_array_equal(kept_array(dataset, kept), truth)

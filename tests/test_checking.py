@@ -228,10 +228,11 @@ def test_the_error_map_of_a_persons_label_is_by_the_network_for_people(
     bundle = dataset.bundle()
     assert bundle is not None
     assessor, asked = bundle.assessor(), []
+    whole = tuple(slice(0, size) for size in without_liver().shape)
     monkeypatch.setattr(
         Assessor,
         "_error_maps",
-        lambda self, scan, masks, plausible: (asked.append(self), (np.zeros(masks.shape, np.float32), None))[1],
+        lambda self, scan, masks, plausible: (asked.append(self), (np.zeros(masks.shape, np.float32), whole))[1],
     )
     with dataset.store.read() as transaction:
         scan = scans.get(transaction, "scan_0")

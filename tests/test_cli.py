@@ -111,6 +111,7 @@ assert not imported("torch", "monai", "matplotlib")
 
 
 def test_help_names_all_commands_and_neither_it_nor_listings_need_torch(tmp_path: Path) -> None:
+    (tmp_path / "segqc.toml").touch()
     listings = [f"{command} {tmp_path}" for command in ("scans", "leases", "costs", "models list")]
     done = subprocess.run(
         [sys.executable, "-c", PROBE, "--help", *listings],
@@ -156,6 +157,9 @@ def test_wrong_usage_ends_with_2(run: Run, arguments: list[str]) -> None:
 def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "segqc.toml").touch()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "segqc.toml").write_text("[server]\nport = 'x'\n")
     scan = make_dataset(tmp_path / "s", scans=1, finals=0) / "scan_0.nii.gz"
@@ -163,9 +167,10 @@ def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Pa
     broken.write_bytes(scan.read_bytes()[:200])
     for arguments, said_of in [
         (["rank", tmp_path / "none"], "none"),
-        (["rank", empty], "no scan waits for a label"),
+        (["rank", empty], "is no dataset folder"),
+        (["rank", bare], "no scan waits for a label"),
         (["rank", empty, "--truth", tmp_path / "none"], "none"),
-        (["score", empty], "segqc train segmentation"),
+        (["score", bare], "segqc train segmentation"),
         (["train", "segmentation", tmp_path / "s"], "labelled"),
         (["train", "segqc", tmp_path / "bad"], "server.port"),
         (["predict", scan, "-o", tmp_path / "o"], "--model"),
@@ -176,13 +181,90 @@ def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Pa
         (["assess", broken, scan], "broken.nii.gz"),
         (["assess", scan, scan, "--model", broken], "broken.nii.gz"),
         (["prepare", empty, tmp_path / "new"], "images/"),
-        (["simulate", "annotator", empty], "truth"),
+        (["simulate", "annotator", bare], "truth"),
     ]:
         messages = run(*arguments)
         assert messages.code == 1, arguments
         assert messages.err.startswith("segqc: "), messages.err
         assert len(messages.err.strip().splitlines()) == 1, messages.err
         assert said_of in messages.err, messages.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "scans FOLDER",
+        "rank FOLDER",
+        "score FOLDER",
+        "train segmentation FOLDER",
+        "round FOLDER --put",
+        "worker FOLDER --until-idle",
+        "costs FOLDER",
+        "labels FOLDER scan",
+        "review FOLDER scan approve",
+        "pseudo-labels FOLDER",
+        "certify FOLDER --dice 0.8",
+        "audit FOLDER",
+        "rounds FOLDER",
+        "models list FOLDER",
+        "pacs FOLDER",
+        "users list FOLDER",
+        "db check FOLDER",
+        "db upgrade FOLDER",
+        "db restore-views FOLDER",
+        "export archive FOLDER TARGET",
+        "evaluate labels FOLDER",
+        # these may begin in an empty folder
+        "serve FOLDER",
+        "users add FOLDER anna --elsewhere",
+        "db restore BACKUP FOLDER",
+    ],
+)
+def test_a_folder_named_by_mistake_is_refused_and_stays_as_it_is(run: Run, tmp_path: Path, command: str) -> None:
+    home = tmp_path / "home"
+    for name in ("notes.txt", "Pictures/holiday.jpg", "segqc/pyproject.toml"):  # the last: a checkout of this program
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).touch()
+    before = sorted(tmp_path.rglob("*"))
+    places = {"FOLDER": home, "TARGET": tmp_path / "target", "BACKUP": tmp_path / "backup"}
+    messages = run(*(places.get(word, word) for word in command.split()))
+    assert messages.code == 1
+    assert f"{home}: is no dataset folder: it holds no scan" in messages.err
+    assert len(messages.err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_may_become_a_dataset_folder(run: Run, tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").touch()
+    assert run("users", "list", tmp_path).code == 1
+    assert run("users", "add", tmp_path, "anna", "--elsewhere").code == 0
+    assert "anna" in run("users", "list", tmp_path).out
+
+
+@pytest.mark.parametrize("sign", ["a.nii.gz", "B.NRRD", "segqc.toml", "labels/final/a.nii.gz", "segqc/models/card.pt"])
+def test_a_dataset_folder_is_known_by_what_it_holds(run: Run, tmp_path: Path, sign: str) -> None:
+    (tmp_path / sign).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / sign).touch()
+    assert run("scans", tmp_path).code == 0
+
+
+@pytest.mark.parametrize("misplaced", ["a.mha", "b.seg.nrrd", "inside/a.nii.gz"])
+def test_a_folder_whose_files_are_of_no_use_is_no_mistake_and_they_are_named(
+    run: Run, tmp_path: Path, misplaced: str
+) -> None:
+    (tmp_path / misplaced).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / misplaced).touch()
+    listed = run("scans", tmp_path)
+    assert listed.code == 0
+    assert misplaced.split("/", maxsplit=1)[0] in listed.out
+
+
+def test_where_networks_are_looked_for_no_store_is_made(run: Run, tmp_path: Path) -> None:
+    scan = make_dataset(tmp_path, scans=1, finals=0) / "scan_0.nii.gz"
+    (tmp_path / "segqc.toml").unlink(missing_ok=True)
+    assert "no SegQC network" in run("assess", scan, scan).err
+    assert "no segmentation network" in run("predict", scan, "-o", tmp_path / "mask.nii.gz").err
+    assert not (tmp_path / "segqc").exists()
 
 
 def test_what_is_refused_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:

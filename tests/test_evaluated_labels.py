@@ -44,7 +44,7 @@ from segqc.store.events import SERVER
 from segqc.volumes import write_labels, write_scan
 from tests.audit_kit import fold_assessor
 from tests.server_kit import CHECKED, add_models, draw_case, knowing_the_truth, make_dataset, save_models, without_liver
-from tests.store_kit import ANNA
+from tests.store_kit import ANNA, BERT
 
 SEEN = (("scan_0", "scan_2"), ("scan_1", "scan_2"))
 SETTINGS = LabelSettings(min_error_mm2=20.0)
@@ -348,11 +348,31 @@ def test_half_of_the_slices_that_hold_anything_are_corrected() -> None:
     assert len(corrected) == 4 and all((made[..., i] == mask[..., i]).all() for i in range(9) if i not in corrected)
 
 
-def test_a_reading_whose_file_is_gone_costs_its_scan_and_no_other(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["gone", "damaged", "of other values"])
+def test_a_reading_that_cannot_be_read_costs_itself_and_no_scan(folder: Path, tmp_path: Path, what: str) -> None:
     dataset = Dataset(folder)
-    write_labels(without_liver(0), tmp_path / "reading.nii.gz")
-    record = add_reading(dataset, "scan_0", tmp_path / "reading.nii.gz", ANNA)
-    dataset.store.label_file(record).unlink()
+    for actor, labels in ((ANNA, without_liver(0)), (BERT, draw_case(7)[1])):
+        write_labels(labels, tmp_path / "reading.nii.gz")
+        record = add_reading(dataset, "scan_0", tmp_path / "reading.nii.gz", actor)
+        (tmp_path / "reading.nii.gz").unlink()
+    file = dataset.store.label_file(record)
+    content = file.read_bytes()
+    file.unlink()
+    if what == "damaged":
+        file.write_bytes(content[:100])
+    elif what == "of other values":
+        foreign = draw_case(7)[1]
+        foreign.array[0, 0, 0] = 9
+        write_labels(foreign, file)
     result = evaluate_labels(dataset, tmp_path / "out", NO_PROGRESS, settings=SETTINGS)
-    assert {mask.scan for mask in result.masks} == {"scan_1", "scan_3"}
-    assert any(remark.startswith("scan_0 is left out: ") for remark in result.remarks)
+    assert {mask.scan for mask in result.masks} == {"scan_0", "scan_1", "scan_3"}
+    assert [m.scan for m in result.masks if m.origin == "second observer"] == ["scan_0"], "the other one's"
+    (remark,) = [r for r in result.remarks if r.startswith("A second observer's label of scan_0 is left out: ")]
+    assert remark in compose_labels(result).sections[0].text
+    again = evaluate_labels(dataset, tmp_path / "out", NO_PROGRESS, settings=SETTINGS)
+    assert again == result, "what is kept says so again"
+    file.unlink(missing_ok=True)
+    file.write_bytes(content)
+    whole = evaluate_labels(dataset, tmp_path / "out", NO_PROGRESS, settings=SETTINGS)
+    assert [m.scan for m in whole.masks if m.origin == "second observer"] == ["scan_0", "scan_0"]
+    assert remark not in whole.remarks

@@ -20,7 +20,16 @@ from segqc.networks import backends
 from segqc.networks.assessor import MARGIN_MM, Assessor
 from segqc.networks.backends import Backend, BackendError, choose_backend, difference_from_float32
 from segqc.networks.card import ModelCard
-from segqc.networks.inference import NOWHERE, all_windows, canonical_scan, not_air, sliding_window, windows_near
+from segqc.networks.inference import (
+    NOWHERE,
+    all_windows,
+    canonical_scan,
+    normalise,
+    not_air,
+    outer_values,
+    sliding_window,
+    windows_near,
+)
 from segqc.networks.plan import NetworkPlan, Spacing, Triple, plan_network, window_starts
 from segqc.networks.segmenter import PLAUSIBLE, Segmenter
 from segqc.networks.unet import MeanOfNetworks, build_network
@@ -172,6 +181,37 @@ def test_without_a_mask_of_a_structure_every_window_is_looked_at() -> None:
     empty = Volume(np.zeros_like(labels.array), AFFINE)
     errors = assessor(Linear(1)).error_maps(scan, empty, np.zeros(scan.shape, bool))[0]
     assert errors[labels.array > 0].min() > 0.9
+
+
+@pytest.mark.parametrize("size", [1, 2, 10, 1000, 100_000])
+@pytest.mark.parametrize("kind", ["noise", "air", "constant", "few bright", "sorted"])
+def test_outer_values_are_numpy_s_quantiles(kind: str, size: int) -> None:
+    """Also where the voxels that are looked at first are no picture of the rest."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 100, size).astype(np.float32)
+    if kind == "air":
+        values[np.abs(values) < 60] = 0
+    elif kind == "constant":
+        values[:] = 3
+    elif kind == "few bright":
+        values[:] = 0
+        values[rng.integers(0, size, max(1, size // 3000))] = 5
+    elif kind == "sorted":
+        values.sort()
+    given = values.copy()
+    assert outer_values(values, 0.005) == pytest.approx(np.quantile(values, (0.005, 0.995)), rel=1e-6, abs=1e-6)
+    np.testing.assert_array_equal(values, given)
+
+
+def test_a_normalised_scan_is_clipped_and_of_mean_0_and_deviation_1() -> None:
+    scan = np.random.default_rng(0).normal(40, 7, (30, 31, 32)).astype(np.float32)
+    scan[3, 4, 5] = 4000
+    low, high = np.percentile(scan, (0.5, 99.5))
+    clipped = np.clip(scan, low, high).astype(np.float64)
+    expected = (clipped - clipped.mean()) / clipped.std()
+    np.testing.assert_allclose(normalise(scan), expected, atol=1e-5)
+    assert scan[3, 4, 5] == 4000, "what is given stays"
+    np.testing.assert_array_equal(normalise(np.full((3, 3, 3), 7, np.float32)), np.zeros((3, 3, 3)))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])

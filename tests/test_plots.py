@@ -42,7 +42,8 @@ def example(error_at: tuple[slice, slice, slice]) -> tuple[Volume, Volume, Asses
     view = ErrorView(metrics, tuple(SliceQuality(i, metrics, float(s)) for i, s in enumerate(sums)), (box,))
     quality = StructureQuality("liver", True, 1.0, metrics, view, view)
     assessment = Assessment("s", "0" * 64, None, "v", 2, SHAPE, scan.spacing_mm, (quality,))
-    return scan, Volume(labels, scan.affine), AssessmentResult(assessment, error)
+    whole = (slice(0, SHAPE[0]), slice(0, SHAPE[1]), slice(0, SHAPE[2]))
+    return scan, Volume(labels, scan.affine), AssessmentResult(assessment, error, whole)
 
 
 def redness(path: Path) -> FloatArray:

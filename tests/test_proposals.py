@@ -15,6 +15,7 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 
 from fastapi.testclient import TestClient
 from monailabel.client import MONAILabelClient
+from sqlalchemy import event
 from typer.testing import CliRunner
 
 from segqc.cli import main
@@ -281,11 +282,14 @@ def test_the_proposal_of_a_version_as_a_file(client: TestClient, tmp_path: Path)
     assert client.get("/datastore/label", params={"label": "scan_1", "tag": PROPOSAL}).status_code == 404
     write_labels(Volume(np.zeros(SHAPE, np.uint8), draw_case(0)[1].affine), tmp_path / "label.nii.gz")
     content = (tmp_path / "label.nii.gz").read_bytes()
-    for tag in (PROPOSAL, "returned", "pseudo-label", "pseudo-label-ignored", "attention-check"):
+    before = client.get("/segqc/labels/scan_0").json()
+    own = (PROPOSAL, "original", "returned", "reader-1", "reader-anna", "likely-errors", "pseudo-label")
+    for tag in (*own, "pseudo-label-ignored", "attention-check"):
         query = {"image": "scan_0", "tag": tag}
         refused = client.put("/datastore/label", params=query, files={"label": ("label.nii.gz", content)})
         assert refused.status_code == 400
         assert f"nobody submits a label under the tag {tag!r}" in refused.json()["detail"]
+    assert client.get("/segqc/labels/scan_0").json() == before
 
 
 def test_nobody_changes_what_is_noted_of_a_proposal(client: TestClient) -> None:
@@ -333,6 +337,42 @@ def test_costs_say_what_the_boxes_taken_have_changed(folder: Path, taken: int, a
     assert f"{taken} of 2 proposed boxes taken" in printed.output
     rows = json.loads(CliRunner().invoke(main.app, ["costs", str(folder), "--json"]).output)["proposals"]
     assert rows[0]["boxes taken"] == taken and rows[0]["Dice before"] == worth.dice_before
+
+
+def test_what_proposals_were_worth_is_asked_in_as_many_queries_for_one_as_for_many(folder: Path) -> None:
+    dataset = Dataset(folder)
+    assert dataset.structures
+
+    def queries() -> int:
+        asked: list[str] = []
+
+        def note(connection: object, cursor: object, statement: str, *_: object) -> None:
+            asked.append(statement)
+
+        engine = dataset.store.database.engine
+        event.listen(engine, "before_cursor_execute", note)
+        try:
+            proposal_worth(dataset, NO_PROGRESS)
+        finally:
+            event.remove(engine, "before_cursor_execute", note)
+        return len(asked)
+
+    counts = []
+    for number in range(4):
+        start = keep(dataset, without_liver(slices=(4, 5, number)), "original")
+        with dataset.store.read() as transaction:
+            is_labelled = labels.current(transaction, "scan_0", "final") is not None
+        if is_labelled:
+            dataset.store.remove_label("scan_0", "final", PERSON)
+        made = propose(dataset, start)
+        final = keep(dataset, without_liver(slices=(number,)))
+        with dataset.store.write() as transaction:
+            told = TakenProposal(proposal=made.label.id, boxes_offered=len(made.boxes), boxes_taken=1)
+            labels.note_proposal(transaction, final.id, told)
+        counts.append(queries())
+    (worth,) = proposal_worth(dataset, NO_PROGRESS)
+    assert (worth.submissions, worth.measured) == (4, 4)
+    assert len(set(counts)) == 1, counts
 
 
 def true_dice(mask: LabelArray, truth: LabelArray) -> float:

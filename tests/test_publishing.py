@@ -1037,6 +1037,7 @@ def test_the_commands_list_bundles_and_let_one_serve(folder: Path, files: dict[N
         assert result.exit_code == code, result.output
         return result.output if code == 0 else str(result.exception)
 
+    (folder / "segqc.toml").touch()
     assert json.loads(run("list", str(folder), "--json")) == {"bundles": []}
     assert "No network was trained here yet" in run("list", str(folder))
     shelf = Bundles(Store.open(folder), Settings())

@@ -447,8 +447,10 @@ def test_likely_errors_never_take_the_masks_place(client: TestClient, base: Path
         assert client.post("/infer/segqc?image=scan_1", data={"params": json.dumps(params)}).status_code == 200
     assert (masks / "original" / "scan_1.nii.gz").read_bytes() == mask
     assert (masks / "likely-errors" / "scan_1.nii.gz").is_file()
-    params = '{"save_label": true, "label_tag": "final"}'
-    assert client.post("/infer/segmentation?image=scan_1", data={"params": params}).status_code == 400
+    for tag in ("final", "returned", "reader-1", "proposal", "pseudo-label", "likely-errors", "attention-check"):
+        wanted = {"save_label": True, "label_tag": tag}
+        assert client.post("/infer/segmentation?image=scan_1", data={"params": json.dumps(wanted)}).status_code == 400
+        assert client.post("/batch/infer/segmentation", json={"label_tag": tag}).status_code == 400
     assert not (masks / "final" / "scan_1.nii.gz").exists()
 
 
@@ -931,7 +933,10 @@ def test_info_tells_of_copies_of_an_image(client: TestClient, base: Path) -> Non
     assert client.get("/info/").json()["remarks"] == []
 
 
-def test_a_scan_that_is_replaced_while_it_is_handed_out(client: TestClient, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("grid", ["the same", "another"])
+def test_a_scan_that_is_replaced_while_it_is_handed_out(
+    client: TestClient, base: Path, tmp_path: Path, grid: str
+) -> None:
     write_scan(draw_case(5)[0], base / "turns.nii.gz")
     app_instance().datastore().refresh()
     seen = {}
@@ -943,14 +948,19 @@ def test_a_scan_that_is_replaced_while_it_is_handed_out(client: TestClient, base
     assert sample["id"] == "turns"
     assert sample["checksum"] == file_checksum(base / "turns.nii.gz")
     assert client.get("/datastore/image/info?image=turns").json()["checksum"] == sample["checksum"]
-    write_scan(draw_case(6)[0], base / "turns.nii.gz")
+    other = draw_case(6)[0]
+    write_scan(Volume(other.array[2:], other.affine) if grid == "another" else other, base / "turns.nii.gz")
     answer = client.put(
         "/datastore/label?image=turns",
         files={"label": ("l.nii.gz", volume_bytes(tmp_path, draw_case(5)[1]))},
         data={"params": json.dumps({"client_id": f"turn {seen['turns']}"})},
     )
     assert answer.status_code == 409
-    assert "replaced after it was handed out; ask for the next sample again" in answer.json()["detail"]
+    told = answer.json()["detail"]
+    assert re.search(
+        r"'turns' was replaced by another one since it was handed out to you \(20..-..-.. ..:.. UTC\)", told
+    )
+    assert "drawn on the older one" in told and "ask for the scan again" in told
     again = client.post("/activelearning/sequential", json={"client_id": f"turn {seen['turns']}"}).json()
     assert again["id"] == "turns"
     assert again["checksum"] == file_checksum(base / "turns.nii.gz") != sample["checksum"]

@@ -307,6 +307,33 @@ def test_two_tabs_on_one_scan_conflict_and_no_label_is_lost(client: TestClient) 
     assert send(client, shown, other, start, beside=True).json()["tag"] == "version_2"
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (SHAPE[0] - 2, *SHAPE[1:])])
+@pytest.mark.parametrize("is_seen", [True, False], ids=["seen by the server", "not yet"])
+def test_a_label_of_a_scan_that_was_replaced_meanwhile_is_refused_in_plain_words(
+    client: TestClient, folder: Path, shape: tuple[int, ...], is_seen: bool
+) -> None:
+    shown = next_scan(client)["scan"]
+    images = np.zeros((SHAPE[2], SHAPE[1], SHAPE[0]), np.uint8)
+    other = draw_case(8)[0]
+    write_scan(Volume(other.array[: shape[0]], other.affine), folder / f"{shown['scan']}.nii.gz")
+    if is_seen:
+        current_app().datastore.refresh()
+    for what, who, since in (
+        ("check", "anna", "it was handed out to you (20"),
+        ("label", "anna", "it was handed out to you (20"),
+        ("label", "ben", "you opened it"),
+    ):
+        refused = send(client, shown, images, None, what=what, client_id=who)
+        assert refused.status_code == 404
+        told = refused.json()["detail"]
+        assert f"the scan {shown['scan']!r} was replaced by another one since {since}" in told
+        assert "ask for the scan again" in told
+    assert client.get(f"/segqc/viewer/scans/{shown['study']}").status_code == 404
+    again = next_scan(client)["scan"]
+    assert (again["scan"], again["study"] == shown["study"]) == (shown["scan"], False)
+    assert send(client, again, np.zeros((SHAPE[2], SHAPE[1], shape[0]), np.uint8), None).status_code == 200
+
+
 def test_a_scan_that_another_annotator_has_by_now_is_refused(client: TestClient) -> None:
     dataset = store_of(client)
     assess(dataset, "scan_0", 0.6)

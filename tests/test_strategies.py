@@ -12,6 +12,8 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 from segqc.cli.main import app
 from segqc.loop.agreement import rank
 from segqc.loop.dataset import Dataset
+from segqc.loop.readers import make_consensus
+from segqc.loop.submission import submit_label
 from segqc.quality.report_card import ReportCard
 from segqc.selection import strategies
 from segqc.server.actors import acting
@@ -19,12 +21,12 @@ from segqc.server.monailabel.datastore import StoreDatastore
 from segqc.server.monailabel.strategy import Sampling
 from segqc.store import events, labels, leases, scans
 from segqc.store.database import StoreError
-from segqc.store.labels import NewLabel
+from segqc.store.labels import FINAL, NewLabel
 from segqc.store.records import Actor
 from segqc.store.scans import UnknownScan
 from segqc.types import NO_WITNESSES, Unlikeness, Witnesses
 from tests.report_kit import good_card, worthless_card
-from tests.server_kit import SHAPE, add_models, assess, make_dataset
+from tests.server_kit import SHAPE, add_models, assess, draw_case, make_dataset
 from tests.store_kit import answer_lease
 
 NO_DRAWS = "[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\nrepeat_seconds = 0\n"
@@ -243,6 +245,48 @@ def test_what_cannot_be_had_back_is_refused_and_changes_nothing(dataset: Dataset
         leases.skip(transaction, "scan_2", ANNA, "late")
     with pytest.raises(StoreError, match="was submitted"):
         ask(dataset, "sequential", resume="scan_2")
+
+
+def test_a_scan_that_was_rejected_is_taken_up_again_by_whoever_submitted_it(dataset: Dataset) -> None:
+    berta = Actor(kind="person", name="berta", identified_by="client-id")
+    first = ask(dataset, "sequential")
+    assert ask(dataset, "sequential")["id"] == "scan_1"
+    submit_label(dataset, "scan_0", draw_case(0)[1], FINAL, ANNA)
+    with pytest.raises(StoreError, match="was submitted by 'anna' already"):
+        ask(dataset, "sequential", resume="scan_0")
+    dataset.store.review("scan_0", "rejected", berta, "a gap")
+    again = ask(dataset, "sequential", resume="scan_0")
+    assert (again["id"], again["state"], again["reason"]) == ("scan_0", "rejected", "a gap")
+    assert again["lease"] != first["lease"]
+    assert leases_of(dataset, "scan_0") == [("anna", "submitted"), ("anna", "open")]
+    assert leases_of(dataset, "scan_1") == [("anna", "released")]
+    with dataset.store.read() as transaction:
+        lease = leases.listing(transaction, state="open", scan="scan_0")[0]
+        start = labels.current(transaction, "scan_0", "returned")
+    assert start is not None and (lease.draw, lease.label_version) == ("rejected", start.id)
+    assert ask(dataset, "sequential", resume="scan_0")["lease"] == again["lease"], "once more is the same"
+    assert submit_label(dataset, "scan_0", draw_case(1)[1], FINAL, ANNA).correction is not None
+    with pytest.raises(StoreError, match="was submitted by 'anna' already"):
+        ask(dataset, "sequential", resume="scan_0")
+
+
+@pytest.mark.parametrize("is_read_again", [True, False])
+def test_one_of_several_readers_takes_up_a_rejected_scan_once(dataset: Dataset, is_read_again: bool) -> None:
+    path = dataset.folder / "segqc.toml"
+    path.write_text(path.read_text() + "readers = 2\n")
+    several = Dataset(dataset.folder)
+    readers = [ANNA, Actor(kind="person", name="berta", identified_by="client-id")]
+    for reader in readers:
+        assert ask(several, "sequential", reader)["id"] == "scan_0"
+        submit_label(several, "scan_0", draw_case(0)[1], FINAL, reader)
+    make_consensus(several, "scan_0", "majority", ANNA)
+    several.store.review("scan_0", "rejected", ANNA, "a gap")
+    assert ask(several, "sequential", resume="scan_0")["id"] == "scan_0"
+    if is_read_again:
+        submit_label(several, "scan_0", draw_case(1)[1], FINAL, ANNA)
+        with pytest.raises(StoreError, match="was submitted by 'anna' already"):
+            ask(several, "sequential", resume="scan_0")
+    assert ask(several, "sequential", readers[1], resume="scan_0")["id"] == "scan_0"
 
 
 # ---------------------------------------------------------------------------------------------- what the order is worth

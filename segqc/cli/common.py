@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -65,11 +66,15 @@ class CommandError(SegqcError):
     """A command cannot do what was asked; says why and what to do."""
 
 
-def settings_of(folder: Path) -> Settings:
+def settings_of(folder: Path, *, may_begin: bool = False) -> Settings:
     """The settings of a dataset folder.
 
+    Args:
+        folder: the folder.
+        may_begin: whether an empty folder will do, as one that becomes a dataset folder.
+
     Raises:
-        CommandError: if there is no such folder.
+        CommandError: if there is no such folder, or it is plainly no dataset folder: nothing is left behind in it.
         SettingsError: if its ``segqc.toml`` can't be used.
     """
     from segqc.settings import load_settings
@@ -77,7 +82,33 @@ def settings_of(folder: Path) -> Settings:
     if not folder.is_dir():
         raise CommandError(f"{folder}: no such folder; name a folder of scans (.nii, .nii.gz or .nrrd)")
     _warn_of_variables()
-    return load_settings(folder)
+    settings = load_settings(folder)
+    _refuse_other_folder(folder, settings, may_begin=may_begin)
+    return settings
+
+
+def _refuse_other_folder(folder: Path, settings: Settings, *, may_begin: bool) -> None:
+    """Refuse a folder that was probably named by mistake, before a store is made in it."""
+    from segqc.settings import SETTINGS_FILE
+    from segqc.store.sync import is_for_scans
+
+    if holds_store(folder, settings) or settings.pacs.url is not None or (folder / SETTINGS_FILE).exists():
+        return
+    names = os.listdir(folder)
+    if "labels" in names or is_for_scans(folder) or (may_begin and all(name.startswith(".") for name in names)):
+        return
+    empty = ", and it is not empty" if may_begin else ""
+    raise CommandError(
+        f"{folder}: is no dataset folder: it holds no scan (.nii, .nii.gz or .nrrd), no {SETTINGS_FILE} and no store "
+        f"of SegQC{empty}; name the folder that the scans lie in"
+    )
+
+
+def holds_store(folder: Path, settings: Settings) -> bool:
+    """Whether a folder has a store; opening it would make one otherwise."""
+    from segqc.store.store import has_store
+
+    return settings.store.url is not None or has_store(folder)
 
 
 @functools.cache  # once in a process
@@ -88,11 +119,14 @@ def _warn_of_variables() -> None:
         logger.warning("%s", sentence)
 
 
-def kept_store(folder: Path) -> Store:
-    """The store of a dataset folder as it was left: what lies in the folder by now is not taken in."""
+def kept_store(folder: Path, *, may_begin: bool = False) -> Store:
+    """The store of a dataset folder as it was left: what lies in the folder by now is not taken in.
+
+    Fails as `settings_of` does.
+    """
     from segqc.store.store import Store
 
-    settings = settings_of(folder)
+    settings = settings_of(folder, may_begin=may_begin)
     return Store.open(folder, settings.store.url, intake=settings.intake_checks())
 
 
@@ -101,13 +135,20 @@ def open_store(folder: Path) -> Store:
     return dataset_at(folder, None).store
 
 
-def dataset_at(folder: Path, config: Path | None, overrides: Mapping[str, object] | None = None) -> Dataset:
-    """A dataset folder, with its own settings file or another one, and flags over it."""
+def dataset_at(
+    folder: Path, config: Path | None, overrides: Mapping[str, object] | None = None, *, may_begin: bool = False
+) -> Dataset:
+    """A dataset folder, with its own settings file or another one, and flags over it.
+
+    Fails as `settings_of` does.
+    """
     from segqc.loop.dataset import Dataset
     from segqc.settings import load_settings
 
     _warn_of_variables()
-    return Dataset(folder, load_settings(folder, config, overrides))
+    dataset = Dataset(folder, load_settings(folder, config, overrides))
+    _refuse_other_folder(folder, dataset.settings, may_begin=may_begin)
+    return dataset
 
 
 def scan_named(dataset: Dataset, name: str) -> str:

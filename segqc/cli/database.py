@@ -50,7 +50,7 @@ def restore(
     from segqc.store import maintenance
     from segqc.store.restore import restore as bring_back
 
-    url = settings_of(folder).store.url
+    url = settings_of(folder, may_begin=True).store.url
     if url is not None:
         where = "its own tools, or 'segqc import archive' into an empty one" if "postgres" in url else "a copy of it"
         raise CommandError(

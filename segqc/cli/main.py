@@ -55,6 +55,7 @@ from segqc.cli.common import (
     dataset_at,
     emit,
     estimate,
+    holds_store,
     me,
     refuse_overwriting,
     shown,
@@ -912,7 +913,7 @@ def serve(
 
     folder = _served_folder(source, work)
     flags = _given(host=host, port=port, bootstrap=bootstrap)
-    settings = dataset_at(folder, None, {"server": flags} if flags else {}).settings.server
+    settings = dataset_at(folder, None, {"server": flags} if flags else {}, may_begin=True).settings.server
     if settings.strategy not in (there := strategies()):
         raise CommandError(
             f"{folder / 'segqc.toml'}: server.strategy: there is no strategy {settings.strategy!r}; there are "
@@ -1066,10 +1067,22 @@ def _models_folder(dataset: Path | None, scan: Path) -> Path:
     return dataset if dataset is not None else scan.resolve().parent
 
 
+def _dataset_with_networks(folder: Path) -> Dataset | None:
+    """The dataset folder; None where there is no store, which is not made only to look for networks."""
+    from segqc.settings import load_settings
+
+    if folder.is_dir() and not holds_store(folder, load_settings(folder)):
+        return None
+    return dataset_at(folder, None)
+
+
 def _segmenter(folder: Path, model: Path | None) -> Segmenter:
     from segqc.networks.segmenter import Segmenter
 
-    found = Segmenter.load(model, "auto") if model is not None else dataset_at(folder, None).segmenter()
+    if model is not None:
+        return Segmenter.load(model, "auto")
+    dataset = _dataset_with_networks(folder)
+    found = dataset.segmenter() if dataset is not None else None
     if found is None:
         raise CommandError(f"{folder}: no segmentation network; name one with --model or --dataset, or train it first")
     return found
@@ -1078,7 +1091,10 @@ def _segmenter(folder: Path, model: Path | None) -> Segmenter:
 def _assessor(folder: Path, model: Path | None) -> Assessor:
     from segqc.networks.assessor import Assessor
 
-    found = Assessor.load(model, backend="auto") if model is not None else dataset_at(folder, None).assessor()
+    if model is not None:
+        return Assessor.load(model, backend="auto")
+    dataset = _dataset_with_networks(folder)
+    found = dataset.assessor() if dataset is not None else None
     if found is None:
         raise CommandError(f"{folder}: no SegQC network; name one with --model or --dataset, or train it first")
     return found

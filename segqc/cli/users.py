@@ -47,7 +47,7 @@ def add(
     """Add a user, with a password that is asked for, or read as one line where the input is no terminal."""
     from segqc.store import users
 
-    store = kept_store(folder)
+    store = kept_store(folder, may_begin=True)
     with store.read() as transaction:
         is_first = not users.listing(transaction)
         if users.find(transaction, name) is not None:

@@ -122,10 +122,11 @@ class LabelledScan:
 
 @dataclass(frozen=True, slots=True)
 class _JudgedScan:
-    """The judged masks of a scan, or why there are none."""
+    """The judged masks of a scan, or why there are none; and why other observers' labels of it are left out."""
 
     masks: tuple[JudgedMask, ...]
     problem: str | None = None
+    unread: tuple[str, ...] = ()
 
 
 RESULTS: TypeAdapter[LabelsResult] = TypeAdapter(LabelsResult)
@@ -192,6 +193,7 @@ def evaluate_labels(
         masks += kept.masks
         if kept.problem is not None:
             remarks.append(f"{scan} is left out: {sentence(kept.problem)}")
+        remarks += [f"A second observer's label of {scan} is left out: {sentence(reason)}" for reason in kept.unread]
     if not masks:
         raise CohortError(f"{named_on or dataset.folder}: no scan could be judged; {remarks[-1]}")
     result = LabelsResult(
@@ -216,28 +218,34 @@ def evaluate_labels(
 def judge_labelled_scan(run: LabelRun, scan: LabelledScan) -> None:
     """Judge the masks of a scan and keep them; one bad file must not keep all other scans from being judged."""
     try:
-        judged = _JudgedScan(_judged(run, scan))
+        judged = _judged(run, scan)
     except (VolumeError, OSError) as error:
         judged = _JudgedScan((), str(error))
     _SCAN.save(judged, _path(run, scan))
 
 
-def _judged(run: LabelRun, scan: LabelledScan) -> tuple[JudgedMask, ...]:
+def _judged(run: LabelRun, scan: LabelledScan) -> _JudgedScan:
     networks = _networks(run)
     unseen = networks.unseen_by(scan.patient)
     assert unseen is not None  # others are left out before
     image, truth = read_case(scan.case, networks.values)
     expert = np.asarray(truth.array, np.uint8)
     observers: list[LabelArray] = []
+    unread: list[str] = []
     for path in scan.case.observers:
-        observer = np.asarray(read_labels(path, scan=image, values=networks.values).array, np.uint8)
+        try:
+            observer = np.asarray(read_labels(path, scan=image, values=networks.values).array, np.uint8)
+        except (VolumeError, OSError) as error:
+            unread.append(str(error))
+            continue
         if not np.array_equal(observer, expert):  # the reader whose label became the final one
             observers.append(observer)
     settings = run.description.settings
-    return judge_scan(
+    masks = judge_scan(
         unseen, scan.case.id, scan.patient, image, expert, observers,
         seed=settings.seed, min_error_mm2=settings.min_error_mm2,
     )  # fmt: skip
+    return _JudgedScan(masks, unread=tuple(unread))
 
 
 def _networks(run: LabelRun) -> BundleNetworks:

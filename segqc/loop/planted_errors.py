@@ -6,6 +6,7 @@ what is learned from audit draws and validating patients is learned from masks a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Final
@@ -17,8 +18,8 @@ from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
 from segqc.store import attention_checks, labels, scans
 from segqc.store.events import SERVER
-from segqc.store.labels import ATTENTION_CHECK, ORIGINAL, NewLabel
-from segqc.store.records import AttentionCheck, LeaseRecord
+from segqc.store.labels import ATTENTION_CHECK, ORIGINAL, PROPOSAL, NewLabel
+from segqc.store.records import Actor, AttentionCheck, LabelRecord, LeaseRecord
 from segqc.store.store import LabelChange
 from segqc.training.implanted_errors import ErrorKind, implant_errors
 from segqc.types import BoolArray, LabelArray
@@ -34,6 +35,10 @@ _TARGET_DICE: Final = (0.85, 0.95)  # of the mask with the error against the one
 _MIN_SHARE: Final = 0.02  # of the mask's voxels that the error must change
 _ATTEMPTS: Final = 5
 _FOUND_SHARE: Final = 0.5  # of the error's voxels that are corrected
+
+
+class _PlantedMeanwhile(Exception):  # noqa: N818 - not an error
+    """The lease was handed out twice at once, and the other hand-out has planted an error: nothing is kept."""
 
 
 def plant_error(dataset: Dataset, lease: LeaseRecord) -> None:
@@ -66,11 +71,13 @@ def plant_error(dataset: Dataset, lease: LeaseRecord) -> None:
             scan.name, ATTENTION_CHECK, "attention check", SERVER, parent=served.id, scan_sha256=scan.sha256
         )
         with (
+            contextlib.suppress(_PlantedMeanwhile),
             temporary_labels(Volume(array, mask.affine, mask.acquisition_axis)) as path,
             dataset.store.change_labels([LabelChange(label, path)]) as change,
         ):
-            if attention_checks.of_lease(change.transaction, lease.id) is None:  # asked for twice at once
-                attention_checks.add(change.transaction, lease, change.versions[0], kind)
+            if attention_checks.of_lease(change.transaction, lease.id) is not None:
+                raise _PlantedMeanwhile
+            attention_checks.add(change.transaction, lease, change.versions[0], kind)
     except SegqcError as error:
         logger.warning("no error is planted into the mask of %r: %s", lease.scan, error)
 
@@ -92,6 +99,35 @@ def _planted(
         if changed and changed >= _MIN_SHARE * np.count_nonzero(mask.array):
             return array, made.kinds[0]
     return None
+
+
+def proposal_beside_error(dataset: Dataset, proposal: LabelRecord, actor: Actor | None) -> Volume | None:
+    """A proposal for the network's mask as an annotator gets it who has that mask with a planted error.
+
+    It changes what it changes of the network's own mask, and leaves the planted error: it must neither outline that
+    error nor correct it.
+
+    Args:
+        dataset: the folder.
+        proposal: its label version.
+        actor: the annotator; None for a client that does not say.
+
+    Returns:
+        The label map; None where the annotator gets the proposal as it is kept.
+
+    Raises:
+        VolumeError: if a kept label map can't be read any more.
+    """
+    if proposal.tag != PROPOSAL or proposal.parent is None:
+        return None
+    with dataset.store.read() as transaction:
+        served = labels.get(transaction, proposal.parent)
+        shown = attention_checks.shown_to(transaction, served, actor)
+    if shown == served:
+        return None
+    after, before, planted = (read_labels(dataset.store.label_file(label)) for label in (proposal, served, shown))
+    array = np.where(after.array != before.array, after.array, planted.array)
+    return Volume(array, after.affine, after.acquisition_axis)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,13 +14,13 @@ import numpy as np
 
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
-from segqc.loop.proposals import boxes_of
+from segqc.loop.proposals import boxes_of_all
 from segqc.progress import Progress
 from segqc.quality.metrics import true_metrics
 from segqc.quality.proposal import ProposedBox
-from segqc.store import labels
+from segqc.store import labels, scans
 from segqc.store.labels import FINAL
-from segqc.store.records import Actor, LabelRecord
+from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.types import BoolArray, LabelArray, Structure
 from segqc.volumes import read_grid, read_labels, through_plane_axis
 
@@ -51,6 +51,7 @@ class ProposalWorth:
 class _Use:
     """A submission, the proposal that was offered before it with its boxes, and what counts in the end."""
 
+    scan: ScanRecord
     submitted: LabelRecord
     start: LabelRecord | None
     proposal: LabelRecord
@@ -97,12 +98,15 @@ def _uses(dataset: Dataset) -> list[_Use]:
         starts = [p for of in taken.values() if (p := versions[of.proposal].parent) is not None]
         versions |= labels.get_all(transaction, starts)
         finals = labels.current_of_all(transaction, FINAL)
+        boxes = boxes_of_all(transaction, sorted({of.proposal for of in taken.values()}))
+        by_name = {scan.name: scan for scan in scans.listing(transaction)}
         return [
             _Use(
+                by_name[versions[number].scan],
                 versions[number],
                 versions.get(versions[of.proposal].parent or 0),
                 versions[of.proposal],
-                boxes_of(transaction, versions[of.proposal]),
+                boxes[of.proposal],
                 finals.get(versions[number].scan),
                 of.boxes_offered,
                 of.boxes_taken,
@@ -117,7 +121,7 @@ def _change(dataset: Dataset, use: _Use) -> tuple[float, float] | None:
         return None
     versions = (use.start, use.proposal, use.submitted, use.final)
     try:
-        grid = read_grid(dataset.named_file(use.submitted.scan, None))
+        grid = read_grid(dataset.scan_file(use.scan))
         volumes = [read_labels(dataset.store.label_file(version), scan=grid) for version in versions]
     except (SegqcError, OSError):  # such as of a scan's content that was replaced
         return None

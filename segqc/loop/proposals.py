@@ -6,6 +6,7 @@ trains, is never final, and changes no other label. Annotators take it box by bo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -118,7 +119,13 @@ def taken(transaction: Transaction, proposal: int, boxes: int, made_of: int | No
 
 def boxes_of(transaction: Transaction, proposal: LabelRecord) -> tuple[ProposedBox, ...]:
     """What can be taken of a kept proposal."""
-    return _BOXES.validate_python(labels.info(transaction, proposal.id).get("boxes", ()))
+    return boxes_of_all(transaction, [proposal.id])[proposal.id]
+
+
+def boxes_of_all(transaction: Transaction, proposals: Sequence[int]) -> dict[int, tuple[ProposedBox, ...]]:
+    """The same for many, by the numbers of their versions."""
+    noted = labels.infos(transaction, proposals)
+    return {number: _BOXES.validate_python(noted.get(number, {}).get("boxes", ())) for number in proposals}
 
 
 def _is_made_of(proposal: LabelRecord, label: LabelRecord, bundle: NetworkBundle) -> bool:

@@ -14,7 +14,7 @@ from segqc.settings import NetworkName
 from segqc.store import jobs
 from segqc.store.database import Transaction
 from segqc.store.events import SERVER
-from segqc.store.labels import FINAL, ORIGINAL, PROPOSAL, PSEUDO_TAGS
+from segqc.store.labels import FINAL, ORIGINAL, is_servers_own
 from segqc.store.records import Actor, JobRecord, JsonObject
 from segqc.text import first_problem
 from segqc.types import MaskDice
@@ -29,10 +29,8 @@ def mask_tag_problem(tag: str) -> str | None:
     """Why a network's masks are not kept under a tag when somebody asks for them: a sentence; None where they are."""
     if tag == FINAL:
         return "a network's mask is never final: final labels are what annotators submit."
-    if tag == PROPOSAL:
-        return f"a network's mask is not kept under the tag {tag!r}: proposals are made of a label; name another tag."
-    if tag in PSEUDO_TAGS:
-        return f"a network's mask is not kept under the tag {tag!r}: rounds choose pseudo-labels; name another tag."
+    if tag != ORIGINAL and is_servers_own(tag):
+        return f"a network's mask is not kept under the tag {tag!r}: the server keeps its own there; name another tag."
     return None
 
 

@@ -97,6 +97,21 @@ def current_start(transaction: Transaction, scan: str, actor: Actor) -> LabelRec
     return own or labels.start_of(transaction, scan)
 
 
+def check_not_replaced(dataset: Dataset, scan: str, actor: Actor) -> None:
+    """Refuse the label of a scan that was replaced since it was handed out, before it is compared with the new one.
+
+    Args:
+        dataset: the folder.
+        scan: the scan's name.
+        actor: the annotator.
+
+    Raises:
+        ScanReplaced: if it is so; the sentence says when the scan was handed out, and what to do.
+    """
+    with dataset.store.read() as transaction:
+        leases.last_of(transaction, scan, actor)
+
+
 def check_start(transaction: Transaction, scan: str, actor: Actor, started: StartedFrom, readers: int) -> None:
     """Refuse a label whose start is not the current one: it would take the place of what its maker has not seen.
 
@@ -314,7 +329,7 @@ def _still_there(dataset: Dataset, scan: str, checked: ScanRecord | None) -> Sca
     """
     now = dataset.verify_scan(scan) if checked is None else dataset.verify(checked)
     if checked is not None and checked.sha256 != now.sha256:
-        raise ScanReplaced(f"the file of the scan {scan!r} was replaced meanwhile; ask for the next sample again")
+        raise ScanReplaced(scans.drawn_on_another(scan, "you began to submit"))
     return now
 
 

@@ -74,12 +74,24 @@ MARGIN_MM = 10.0
 """How far from a mask and from plausible voxels SegQC-Net looks at least."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AssessmentResult:
-    """The assessment of a mask and the error maps it was read from, one per structure: (L, n0, n1, n2)."""
+    """The assessment of a mask, and the error maps that it was read from.
+
+    Attributes:
+        assessment: the assessment.
+        looked_at: the maps where SegQC-Net looked, one per structure: (L, ...).
+        box: the part of the scan's grid that this is.
+    """
 
     assessment: Assessment
-    errors: FloatArray
+    looked_at: FloatArray
+    box: Box
+
+    @property
+    def errors(self) -> FloatArray:
+        """The error maps on the scan's whole grid, zero where SegQC-Net did not look: (L, n0, n1, n2)."""
+        return _on_grid(self.looked_at, self.box, self.assessment.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +106,7 @@ class AssessmentSettings:
 
 def mask_sha256(labels: Volume) -> str:
     """The content address of a label map: its voxels and its grid, whatever the file format."""
-    digest = hashlib.sha256(np.ascontiguousarray(labels.array, np.uint8).tobytes())
+    digest = hashlib.sha256(np.ascontiguousarray(labels.array, np.uint8).data)
     digest.update(np.asarray(labels.array.shape, np.int64).tobytes())
     digest.update(np.round(labels.affine, 4).astype(np.float64).tobytes())
     return digest.hexdigest()
@@ -222,7 +234,8 @@ class Assessor(TrainedNetwork):
         Arguments and errors as `assess`.
         """
         by_people = self._by_people(source, network_slices, scan.shape[through_plane_axis(scan)])
-        return self._error_maps_by_source(scan, self._masks(scan, labels), plausible, by_people)[0]
+        errors, looked = self._error_maps_by_source(scan, self._masks(scan, labels), plausible, by_people)
+        return _on_grid(errors, looked, scan.shape)
 
     def error_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The logits of `error_maps`; where several networks judge one mask, these are what to average.
@@ -230,7 +243,7 @@ class Assessor(TrainedNetwork):
         Arguments and errors as `output_logits`.
         """
         z, box = self._error_logits(scan, self._masks(scan, labels), plausible)
-        return _on_grid(z, box, scan, NOWHERE)
+        return _on_grid(z, box, scan.shape, NOWHERE)
 
     def output_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The network's own logits, of truth or error as its card says, before any calibration: (L, n0, n1, n2).
@@ -252,14 +265,17 @@ class Assessor(TrainedNetwork):
             VolumeError: if the label map does not lie on the scan's grid.
         """
         z, box = self._output_logits(scan, self._masks(scan, labels), plausible)
-        return _on_grid(z, box, scan, NOWHERE)
+        return _on_grid(z, box, scan.shape, NOWHERE)
 
     def _masks(self, scan: Volume, labels: Volume) -> BoolArray:
         if labels.shape != scan.shape:
             raise VolumeError(
                 f"the label map has shape {labels.shape}, its scan {scan.shape}; they must share one grid"
             )
-        return np.stack([structure.mask(labels.array) for structure in self.structures])
+        masks = np.empty((len(self.structures), *labels.shape), bool)
+        for mask, structure in zip(masks, self.structures, strict=True):
+            structure.mask(labels.array, out=mask)
+        return masks
 
     def _by_people(self, source: MaskSource, network_slices: Slices, count: int) -> BoolArray:
         """The slices that the network for people's masks judges: (count,)."""
@@ -274,18 +290,20 @@ class Assessor(TrainedNetwork):
         people = self.people
         if people is None or not by_people.any():
             return self._error_maps(scan, masks, plausible)
-        errors, looked = people._error_maps(scan, masks, plausible)
+        by_them, looked_by_them = people._error_maps(scan, masks, plausible)
         if by_people.all():
-            return errors, looked
+            return by_them, looked_by_them
         own, looked_by_own = self._error_maps(scan, masks, plausible)
-        axis = 1 + through_plane_axis(scan)
-        np.moveaxis(errors, axis, 0)[~by_people] = np.moveaxis(own, axis, 0)[~by_people]
-        return errors, _box_of_both(looked, looked_by_own)
+        axis, both = through_plane_axis(scan), _box_of_both(looked_by_them, looked_by_own)
+        errors, others = (part_of(*maps, both) for maps in ((by_them, looked_by_them), (own, looked_by_own)))
+        by_network = ~by_people[both[axis]]
+        np.moveaxis(errors, 1 + axis, 0)[by_network] = np.moveaxis(others, 1 + axis, 0)[by_network]
+        return errors, both
 
     def _error_maps(self, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> tuple[FloatArray, Box]:
-        """The error maps, and the part of the grid that was looked at: beyond it they are zero."""
+        """The error maps where was looked, and the part of the grid that this is: beyond it they are zero."""
         z, box = self._error_logits(scan, masks, plausible)
-        return _on_grid(torch.from_numpy(z).sigmoid_().numpy(), box, scan, 0), box
+        return torch.from_numpy(z).sigmoid_().numpy(), box
 
     def _error_logits(self, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> tuple[FloatArray, Box]:
         """The error's logits where was looked, and the part of the grid that this is."""
@@ -329,9 +347,9 @@ class Assessor(TrainedNetwork):
             plausible: where structures are possible, in the segmenter's canonical frame.
         """
         windows = all_windows(frame.canonical_shape, self.card.plan.patch)
-        masked = touched(masks.any(axis=0), frame) | (x[1:] > 0).any(axis=0)
+        masked = touched(functools.reduce(np.logical_or, masks), frame) | (x[1:] > 0).any(axis=0)
         # a segmenter of another spacing saw another grid
-        if plausible is not None and plausible.shape == frame.canonical_shape and masks.any(axis=(1, 2, 3)).all():
+        if plausible is not None and plausible.shape == frame.canonical_shape and all(mask.any() for mask in masks):
             m0, m1, m2 = (math.ceil(MARGIN_MM / spacing) for spacing in frame.canonical_spacing_mm)
             windows = windows_near(windows, masked | plausible, (m0, m1, m2))
         return windows_near(windows, masked | not_air(x[0]))
@@ -391,21 +409,20 @@ class Assessor(TrainedNetwork):
         )
         if unlikeness is not None:
             qualities = tuple(replace(q, intervals=q.intervals.of_scan(unlikeness)) for q in qualities)
-        shape = scan.array.shape
         assessment = Assessment(
             scan=scan_id,
             mask_sha256=mask_sha256(labels),
             segmenter_version=segmenter_version,
             assessor_version=self.version,
             through_plane_axis=axis,
-            shape=(shape[0], shape[1], shape[2]),
+            shape=scan.shape,
             spacing_mm=scan.spacing_mm,
             structures=qualities,
             backend=self.judge_of(source).backend.name,
             mask_kind="person" if source == "person" and self.people is not None else kind,
             unlikeness=unlikeness,
         )
-        return AssessmentResult(assessment, errors)
+        return AssessmentResult(assessment, errors, looked)
 
     def scan_features(self, scan: Volume, labels: Volume) -> Values | None:
         """The features that tell this scan from others, see `segqc.networks.encoder`: (networks, features).
@@ -500,7 +517,7 @@ class Assessor(TrainedNetwork):
         estimated = of_kind.estimates(raw.metrics, witnesses)
         return StructureQuality(
             name=name,
-            present=voxels > 0 or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
+            present=voxels > 0 or not part.truth_is_empty(self._empty_rule(scan)),
             mask_volume_ml=voxels * scan.voxel_volume_mm3 / 1000.0,
             estimated=estimated,
             raw=raw,
@@ -511,7 +528,7 @@ class Assessor(TrainedNetwork):
 
     def _view(self, part: _PartOfSlices, error: FloatArray, boxes: BoxSettings, scan: Volume) -> ErrorView:
         metrics, per_slice, sums = estimated_metrics_and_slices(
-            part.mask, error, 0, empty=self._empty_rule(scan), elsewhere=part.elsewhere
+            part.mask, error, 0, empty=self._empty_rule(scan), elsewhere=part.elsewhere, slices=part.box[0]
         )
         return ErrorView(
             metrics=metrics,
@@ -524,8 +541,9 @@ class Assessor(TrainedNetwork):
 
     def likely_errors(self, result: AssessmentResult, scan: Volume) -> Volume:
         """The labelmap of likely errors: 1 where any structure's error probability is at least one half."""
-        wrong = (result.errors >= ERROR_THRESHOLD).any(axis=0)
-        return Volume(wrong.astype(np.uint8), scan.affine, scan.acquisition_axis)
+        wrong = np.zeros(scan.shape, np.uint8)
+        wrong[result.box] = (result.looked_at >= ERROR_THRESHOLD).any(axis=0)
+        return Volume(wrong, scan.affine, scan.acquisition_axis)
 
 
 def _card_of(members: Sequence[int], card: ModelCard) -> ModelCard:
@@ -615,8 +633,7 @@ def _boxes_by_slice(one: ErrorView, other: ErrorView, by_other: BoolArray) -> Er
 def _sizes_of_slices(mask: BoolArray, error: FloatArray, looked: Box, axis: int) -> Values:
     """The sizes of a mask and of its estimated truth together, in voxels, in each slice of the scan."""
     sizes = np.zeros(mask.shape[axis])
-    mask, error = mask[looked], error[looked]
-    sizes[looked[axis]] = slice_sums(np.where(mask, 2 - error, error), axis)
+    sizes[looked[axis]] = slice_sums(np.where(mask[looked], 2 - error, error), axis)
     return sizes
 
 
@@ -625,25 +642,39 @@ def _box_of_both(one: Box, other: Box) -> Box:
     return i, j, k
 
 
-def _on_grid(values: FloatArray, box: Box, scan: Volume, elsewhere: float) -> FloatArray:
-    """Values (L, ...) of a part of the scan's grid, with another one in the rest: (L, n0, n1, n2)."""
-    if values.shape[1:] == scan.shape:
+def _on_grid(values: FloatArray, box: Box, shape: tuple[int, int, int], elsewhere: float = 0.0) -> FloatArray:
+    """Values (L, ...) of a part of a grid, with another one in the rest: (L, n0, n1, n2)."""
+    whole = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
+    return part_of(values, box, whole, elsewhere)
+
+
+def part_of(values: FloatArray, box: Box, part: Box, elsewhere: float = 0.0) -> FloatArray:
+    """Of values (L, ...) of a box, those of another part of the same grid, with another value beyond the box."""
+    if part == box:
         return values
-    result = np.zeros((len(values), *scan.shape), np.float32)  # memory that costs nothing where nothing is written
-    if elsewhere:
-        result[:] = elsewhere
-    result[(slice(None), *box)] = values
+    result = np.full((len(values), *(side.stop - side.start for side in part)), elsewhere, np.float32)
+    there, here = (slice(None), *_within(part, box)), (slice(None), *_within(box, part))
+    result[here] = values[there]
     return result
+
+
+def _within(one: Box, other: Box) -> Box:
+    """The part of a box that lies in another one, counted from where that begins."""
+    i, j, k = (
+        slice(max(a.start, b.start) - b.start, max(min(a.stop, b.stop), max(a.start, b.start)) - b.start)
+        for a, b in zip(one, other, strict=True)
+    )
+    return i, j, k
 
 
 @dataclass(frozen=True, slots=True)
 class _PartOfSlices:
-    """The part of all slices where a structure's mask and likely errors are: the slices first, then their own axes.
+    """The part of the slices where a structure's mask and likely errors are: the slices first, then their own axes.
 
     Attributes:
         mask: of the part.
         error: of the part.
-        elsewhere: the error's sum in the rest of each slice.
+        elsewhere: the error's sum in the rest of each slice of the scan.
         box: the part's place in the scan.
         shape: the scan's.
         spacing_mm: the voxels'.
@@ -656,6 +687,10 @@ class _PartOfSlices:
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
 
+    def truth_is_empty(self, empty: EmptyRule) -> bool:
+        """Whether the structure's estimated truth counts as empty in the whole scan."""
+        return truth_is_empty(self.mask, self.error, empty=empty, elsewhere=float(self.elsewhere.sum()))
+
 
 def _part_of_slices(
     mask: BoolArray, error: FloatArray, looked: Box, axis: int, scan: Volume, least: float, reach_mm: float
@@ -664,25 +699,32 @@ def _part_of_slices(
 
     Args:
         mask: the mask, on the scan's grid.
-        error: its error map.
-        looked: the part of the grid that was looked at.
+        error: its error map, where was looked.
+        looked: the part of the grid that this is.
         axis: the through-plane axis.
         scan: the scan.
         least: the error probability from which a voxel belongs to the part.
-        reach_mm: how far around the mask the part reaches.
+        reach_mm: how far around the mask the part reaches in its slices.
     """
-    inner = bounding_box(mask[looked] | (error[looked] >= least)) or (slice(0, 0), slice(0, 0), slice(0, 0))
-    i, j, k = (slice(side.start + o.start, side.stop + o.start) for side, o in zip(inner, looked, strict=True))
-    margin = [n if a == axis else 1 + int(reach_mm / scan.spacing_mm[a]) for a, n in enumerate(scan.shape)]
-    box = padded_box((i, j, k), margin, scan.shape)
-    elsewhere = -slice_sums(error[box], axis)
-    elsewhere[looked[axis]] += slice_sums(error[looked], axis)
-    first, second = (a for a in range(3) if a != axis)
+    inside, likely = bounding_box(mask), bounding_box(error >= least)
+    boxes = [] if inside is None else [inside]
+    if likely is not None:
+        i, j, k = (slice(side.start + o.start, side.stop + o.start) for side, o in zip(likely, looked, strict=True))
+        boxes.append((i, j, k))
+    box = functools.reduce(_box_of_both, boxes) if boxes else (slice(0, 0), slice(0, 0), slice(0, 0))
+    margin = [0 if a == axis else 1 + int(reach_mm / spacing) for a, spacing in enumerate(scan.spacing_mm)]
+    box = padded_box(box, margin, scan.shape)
+    found = part_of(error[None], looked, box)[0]
+    elsewhere = np.zeros(scan.shape[axis])
+    elsewhere[looked[axis]] += slice_sums(error, axis)
+    elsewhere[box[axis]] -= slice_sums(found, axis)
+    order = (axis, *(a for a in range(3) if a != axis))
+    i, j, k = (box[a] for a in order)
     return _PartOfSlices(
-        np.ascontiguousarray(mask[box].transpose(axis, first, second)),
-        np.ascontiguousarray(error[box].transpose(axis, first, second)),
+        np.ascontiguousarray(mask[box].transpose(order)),
+        np.ascontiguousarray(found.transpose(order)),
         elsewhere,
-        (box[axis], box[first], box[second]),
-        (scan.shape[axis], scan.shape[first], scan.shape[second]),
-        (scan.spacing_mm[axis], scan.spacing_mm[first], scan.spacing_mm[second]),
+        (i, j, k),
+        (scan.shape[order[0]], scan.shape[order[1]], scan.shape[order[2]]),
+        (scan.spacing_mm[order[0]], scan.spacing_mm[order[1]], scan.spacing_mm[order[2]]),
     )

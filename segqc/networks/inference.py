@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ NOWHERE: Final = -60.0
 _AIR = 0.05  # part of a scan's intensity range above its darkest: what is darker is air
 _BATCH_VOXELS = 400_000  # of windows that go through a network together; a larger window goes alone
 _CPU_BATCH_VOXELS = 50_000  # on a CPU only small windows gain by company
+_SAMPLED = 4096  # voxels that say about where a scan's quantiles are
 
 
 def window_batch_size(patch: Triple, limit: int = _BATCH_VOXELS) -> int:
@@ -100,40 +102,42 @@ def sliding_window(
         DeviceMemoryError: if the GPU's memory does not hold the windows.
     """
     shape = x.shape[2:]
-    chosen = all_windows(shape, patch) if windows is None else windows
+    every = all_windows(shape, patch)
+    chosen = every if windows is None else windows
     before = [max(0, w - n) // 2 for w, n in zip(patch, shape, strict=True)]
     after = [max(0, w - n) - b for w, n, b in zip(patch, shape, before, strict=True)]
     if any(before) or any(after):
         x = F.pad(x, [side for pair in zip(reversed(before), reversed(after), strict=True) for side in pair])
-    places = [(n, slice(None), *_moved(window, before)) for n in range(len(x)) for window in chosen]
+    moved = [_moved(window, before) for window in chosen]
+    places = [(n, slice(None), *window) for n in range(len(x)) for window in moved]
     step = window_batch_size(patch, _CPU_BATCH_VOXELS if device.type == "cpu" else _BATCH_VOXELS)
-    one_covers_all = tuple(x.shape[2:]) == patch
-    weight = torch.ones(patch) if one_covers_all else _importance(patch)
-    sums = torch.zeros(0)
-    weights = torch.zeros(len(x), 1, *x.shape[2:])
+    inside = (..., *_moved((slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])), before))
+
+    def answers_to(batch: Sequence[tuple[int | slice, ...]]) -> torch.Tensor:
+        return predictor(torch.stack([x[place] for place in batch]).to(device)).float().cpu()
+
     with torch.inference_mode(), in_device_memory(patch):
-        for begin in range(0, len(places), step):
-            batch = places[begin : begin + step]
-            inputs = torch.stack([x[place] for place in batch])
-            answers = predictor(inputs.to(device)).float().cpu()
+        batches = [places[begin : begin + step] for begin in range(0, len(places), step)]
+        if places and tuple(x.shape[2:]) == patch:  # a window covers all
+            return torch.cat([answers_to(batch) for batch in batches])[inside].contiguous()
+        sums, weight = torch.zeros(0), _importance(patch)
+        for batch in batches:
+            answers = answers_to(batch)
             if not len(sums):
                 sums = torch.zeros(len(x), answers.shape[1], *x.shape[2:])
             for place, answer in zip(batch, answers, strict=True):
-                if one_covers_all:
-                    sums[place] = answer
-                else:
-                    sums[place].addcmul_(answer, weight)
-                weights[place] += weight
+                sums[place].addcmul_(answer, weight)
         if not len(sums):
             sums = torch.zeros(len(x), len(elsewhere), *x.shape[2:])
-        if not one_covers_all:
-            sums /= weights.clamp(min=torch.finfo(torch.float32).tiny)
-        if windows is not None:
-            nowhere = weights[:, 0] == 0
+        weights = torch.zeros(x.shape[2:])
+        for window in moved:
+            weights[window] += weight
+        nowhere = weights == 0 if len(chosen) < len(every) else None
+        sums /= weights.clamp_(min=torch.finfo(torch.float32).tiny)
+        if nowhere is not None:
             for channel, value in enumerate(elsewhere):
-                sums[:, channel][nowhere] = value
-        a, b, c = _moved((slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])), before)
-        return sums[:, :, a, b, c]
+                sums[:, channel].masked_fill_(nowhere, value)
+        return sums[inside]
 
 
 def _moved(window: Window, by: Sequence[int]) -> Window:
@@ -141,19 +145,42 @@ def _moved(window: Window, by: Sequence[int]) -> Window:
     return a, b, c
 
 
+@functools.lru_cache(maxsize=8)
 def _importance(patch: Triple) -> torch.Tensor:
-    """The weight of a window's voxels, largest in its middle (nnU-Net's Gaussian)."""
+    """The weight of a window's voxels, largest in its middle (nnU-Net's Gaussian). Not to be changed."""
     return torch.as_tensor(compute_importance_map(patch, mode="gaussian", sigma_scale=0.125, device="cpu"))
 
 
 def normalise(array: FloatArray) -> FloatArray:
     """Clip to the 0.5th and 99.5th percentile, subtract the mean, divide by the standard deviation."""
     sample = array[::2, ::2] if array.size > 4_000_000 else array
-    low, high = np.percentile(sample, (0.5, 99.5))
-    clipped = np.clip(array, low, high).astype(np.float32)
-    deviation = float(clipped.std())
-    clipped -= clipped.mean()
-    return clipped / np.float32(deviation if deviation > 1e-6 else 1.0)
+    low, high = outer_values(sample.ravel(), 0.005)
+    result = np.clip(array, low, high).astype(np.float32, copy=False)
+    result -= result.mean()
+    deviation = math.sqrt(np.square(result).mean())
+    result /= np.float32(deviation if deviation > 1e-6 else 1.0)
+    return result
+
+
+def outer_values(values: FloatArray, share: float) -> tuple[float, float]:
+    """The quantiles at a small share from both ends of (n,), as `np.quantile` interpolates them.
+
+    Only the tails are put in order: what is as low, or as high, as twice that share of some voxels. Where these are no
+    picture of the rest, so that a tail is too short, it is all voxels.
+    """
+    position = (len(values) - 1) * share
+    rank = int(position)
+    some = np.sort(values[:: max(1, len(values) // _SAMPLED)])
+    bound = min(math.ceil(2 * share * len(some)), len(some) - 1)
+    lows, highs = values[values <= some[bound]], values[values >= some[-1 - bound]]
+    found = []
+    for tail, sign in ((lows, 1), (highs, -1)):
+        ends = sign * (tail if len(tail) > rank + 1 else values)
+        next_to = min(rank + 1, len(ends) - 1)
+        ends.partition((rank, next_to))
+        one, other = float(ends[rank]), float(ends[next_to])
+        found.append(sign * (one + (other - one) * (position - rank)))
+    return found[0], found[1]
 
 
 _SCANS: LatestCache[FloatArray] = LatestCache()
@@ -167,7 +194,7 @@ def canonical_scan(scan: Volume, frame: CanonicalFrame) -> FloatArray:
     """
     known = _SCANS.get(scan, frame)
     if known is None:
-        known = _SCANS.keep(normalise(to_canonical(scan.array, frame, order=1).astype(np.float32)), scan, frame)
+        known = _SCANS.keep(normalise(to_canonical(scan.array, frame, order=1)), scan, frame)
     return known
 
 

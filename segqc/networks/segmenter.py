@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from segqc.networks.augmentation import Member, tta_group
-from segqc.networks.inference import NOWHERE, all_windows, canonical_scan, not_air, windows_near
+from segqc.networks.inference import NOWHERE, Window, all_windows, canonical_scan, not_air, windows_near
 from segqc.networks.model import TrainedNetwork
 from segqc.networks.unet import MeanOfNetworks
 from segqc.quality.error_maps import bounding_box, entropy_map
@@ -119,8 +119,9 @@ class Segmenter(TrainedNetwork):
     def predict(self, scan: Volume) -> Prediction:
         """Segment a scan; the result lies on the scan's own grid."""
         frame = self.frame(scan)
-        image = torch.from_numpy(canonical_scan(scan, frame))
-        logits = self._run(image[None], (Member("identity"),))[0]
+        image = canonical_scan(scan, frame)
+        windows, elsewhere = self._windows(image), (0.0, *[NOWHERE] * len(self.values))
+        logits = self.run(torch.from_numpy(image)[None, None], windows=windows, elsewhere=elsewhere)[0].numpy()
         return Prediction(self._labels(logits, scan, frame), logits, frame)
 
     def soft_outputs(self, prediction: Prediction, structures: Sequence[Structure]) -> tuple[SoftOutput, ...]:
@@ -178,9 +179,13 @@ class Segmenter(TrainedNetwork):
             mean_probabilities=_normalised(to_native(mean, frame, order=1)),
         )
 
+    def _windows(self, image: FloatArray) -> list[Window]:
+        """The windows of a scan (a, b, c) that are more than air."""
+        return windows_near(all_windows(image.shape, self.card.plan.patch), not_air(image))
+
     def _run(self, contrasts: torch.Tensor, members: Sequence[Member]) -> FloatArray:
         """Logits (G * M, 1 + V, a, b, c) of a scan in G contrasts (G, a, b, c), of M members each, brought back."""
-        windows = windows_near(all_windows(contrasts.shape[1:], self.card.plan.patch), not_air(contrasts[0].numpy()))
+        windows = self._windows(contrasts[0].numpy())
 
         def of_members(inputs: torch.Tensor) -> torch.Tensor:
             answers: dict[tuple[int, int], torch.Tensor] = {}

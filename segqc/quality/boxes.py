@@ -13,13 +13,12 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.special import logit
 
-from segqc.quality.error_maps import Box, bounding_box, label_slices, likely_wrong
+from segqc.quality.error_maps import Box, bounding_box, label_slices, likely_wrong, slices_first
 from segqc.types import BoolArray, ErrorBox, FloatArray
 
 # rows of (start0, start1, stop0, stop1), half-open, in one slice
 Corners = npt.NDArray[np.int32]
 
-_CROSS = ndimage.generate_binary_structure(2, 1)
 _MAX_EVIDENCE = 16.0  # beyond it, probabilities in single precision are 0 or 1
 _TOLERANCE = 1e-6
 _PORTION = 256
@@ -136,10 +135,8 @@ def find_boxes(
     order = np.argsort(slices, kind="stable")
     slices, corners = slices[order], corners[order]
     corners[:, [0, 2]] += (slices * apart)[:, None]
-    planes = np.moveaxis(error, axis, 0)
-    sides = None
-    if mask is not None:
-        sides = np.moveaxis(mask, axis, 0), np.moveaxis(likely_wrong(error, settings.threshold), axis, 0)
+    planes = slices_first(error, axis)
+    masks = None if mask is None else slices_first(mask, axis)
     boxes = []
     for portion in np.split(corners, _portions(slices)):
         for a0, a1, b0, b1 in unite_boxes(portion, settings.min_distance_voxels).tolist():
@@ -152,8 +149,8 @@ def find_boxes(
                 if settings.min_evidence is not None and evidence <= settings.min_evidence:
                     continue
                 inside = planes[where]
-                mean, peak = float(inside.mean(dtype=np.float64)), float(inside.max())
-                share = None if sides is None else float(sides[0][where][sides[1][where]].mean())
+                mean, peak = float(inside.sum(dtype=np.float64)) / inside.size, float(inside.max())
+                share = None if masks is None else _share(masks[where], likely_wrong(inside, settings.threshold))
                 start, stop = ((a + begin[first], b + begin[second]) for a, b in ((a0, a1), (b0, b1)))
                 boxes.append(ErrorBox(index + begin[axis], start, stop, area, mean, peak, share, evidence))
     return tuple(boxes)
@@ -348,16 +345,24 @@ def largest_evidence(error: FloatArray | BoolArray, axis: int) -> float:
         error: error probabilities (n0, n1, n2).
         axis: the through-plane axis.
     """
-    planes = np.moveaxis(error, axis, 0)
+    planes = slices_first(error, axis)
     return max(_evidence(plane, (0, plane.shape[0]), (0, plane.shape[1])) for plane in planes)
 
 
 def _evidence(plane: FloatArray | BoolArray, first: tuple[int, int], second: tuple[int, int]) -> float:
     """The evidence of a box in a slice, see `ErrorBox`; ``first`` and ``second`` are its half-open sides."""
-    around = plane[max(first[0] - 1, 0) : first[1] + 1, max(second[0] - 1, 0) : second[1] + 1].astype(np.float64)
-    core = ndimage.minimum_filter(around, footprint=_CROSS, mode="nearest")
+    around = plane[max(first[0] - 1, 0) : first[1] + 1, max(second[0] - 1, 0) : second[1] + 1]
+    core = around.copy()  # the least of a voxel and its four neighbours: many times as fast as by SciPy in a small box
+    for one, other in ((core, around), (core.T, around.T)):
+        np.minimum(one[1:], other[:-1], out=one[1:])
+        np.minimum(one[:-1], other[1:], out=one[:-1])
     inner = core[first[0] > 0 :, second[0] > 0 :][: first[1] - first[0], : second[1] - second[0]]
-    return float(np.clip(logit(inner.max()), -_MAX_EVIDENCE, _MAX_EVIDENCE))
+    return min(max(float(logit(float(inner.max()))), -_MAX_EVIDENCE), _MAX_EVIDENCE)
+
+
+def _share(mask: BoolArray, wrong: BoolArray) -> float:
+    """The part of the wrong voxels that lies in the mask."""
+    return np.count_nonzero(mask & wrong) / np.count_nonzero(wrong)
 
 
 def _largest_area(slice_mm2: float, settings: BoxSettings) -> float:

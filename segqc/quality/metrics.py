@@ -20,7 +20,7 @@ and what is wrongly included cancel out, and which it is never below.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias, overload
 
@@ -43,6 +43,7 @@ MIN_CALIBRATION_CASES = 3
 MIN_SLOPE = 0.01
 _TOLERANCE = 1e-12
 _PARTS = 5  # of a cross-validation over patients
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,13 @@ def estimated_slice_metrics(mask: BoolArray, error: FloatArray, axis: int, *, em
 
 
 def estimated_metrics_and_slices(
-    mask: BoolArray, error: FloatArray, axis: int, *, empty: EmptyRule, elsewhere: Values | float = 0.0
+    mask: BoolArray,
+    error: FloatArray,
+    axis: int,
+    *,
+    empty: EmptyRule,
+    elsewhere: Values | float = 0.0,
+    slices: slice = _ALL,
 ) -> tuple[Metrics, SliceMetrics, Values]:
     """Both `estimated_metrics` and `estimated_slice_metrics`, and the slices' error sums, by one look at each voxel.
 
@@ -200,15 +207,16 @@ def estimated_metrics_and_slices(
         error: probabilities, of the mask's shape.
         axis: the through-plane axis.
         empty: when the estimated truth counts as empty.
-        elsewhere: the error's sum in the rest of each slice, where the arrays are a part of the slices; the rest holds
-            no voxel of the mask, and none that is wrong with a probability of one half.
+        elsewhere: the error's sum in the rest of each slice of a scan, where the arrays are a part of it; the rest
+            holds no voxel of the mask, and none that is wrong with a probability of one half.
+        slices: the scan's slices that the arrays have a part of; all of them by default.
 
     Raises:
         ValueError: if the arrays are not 3-D or differ in shape.
     """
-    sums = _error_sums(mask, error, axis, elsewhere)
+    sums = _error_sums(mask, error, axis, elsewhere, slices)
     whole = _from_sums(sums.total(), mask, error, (0, 1, 2), empty)
-    return whole.at(0), _from_sums(sums, mask, error, _in_plane(axis), empty), sums.wrong
+    return whole.at(0), _from_sums(sums, mask, error, _in_plane(axis), empty, slices), sums.wrong
 
 
 def slice_sums(values: FloatArray, axis: int) -> Values:
@@ -217,8 +225,10 @@ def slice_sums(values: FloatArray, axis: int) -> Values:
     return np.asarray(values.sum(axis=first, dtype=np.float64).sum(axis=second - 1))
 
 
-def truth_is_empty(mask: BoolArray, error: FloatArray, *, empty: EmptyRule) -> bool:
+def truth_is_empty(mask: BoolArray, error: FloatArray, *, empty: EmptyRule, elsewhere: float = 0.0) -> bool:
     """Whether the estimated truth counts as empty in the whole volume; arguments and errors as `estimated_metrics`.
+
+    ``elsewhere`` is the error's sum in the rest of a scan, see `estimated_metrics_and_slices`.
 
     Example:
         48 voxels that are wrong with a probability of 0.01 add up to half a cubic millimetre.
@@ -227,8 +237,9 @@ def truth_is_empty(mask: BoolArray, error: FloatArray, *, empty: EmptyRule) -> b
         >>> truth_is_empty(mask, np.full((4, 4, 3), 0.01), empty=EmptyRule(max_sum_mm3=10, voxel_volume_mm3=1))
         True
     """
-    sums = _error_sums(mask, error, 2).total()
-    return not _from_sums(sums, mask, error, (0, 1, 2), empty).truth_voxels[0]
+    total = _error_sums(mask, error, 2).total()
+    total = replace(total, wrong=total.wrong + elsewhere)
+    return not _from_sums(total, mask, error, (0, 1, 2), empty).truth_voxels[0]
 
 
 def _true(mask: BoolArray, truth: BoolArray, over: Axes) -> SliceMetrics:
@@ -258,25 +269,30 @@ class _ErrorSums:
         return _ErrorSums(*(values.sum(keepdims=True) for values in (self.in_mask, self.wrong, self.wrong_in_mask)))
 
 
-def _error_sums(mask: BoolArray, error: FloatArray, axis: int, elsewhere: Values | float = 0.0) -> _ErrorSums:
+def _error_sums(
+    mask: BoolArray, error: FloatArray, axis: int, elsewhere: Values | float = 0.0, slices: slice = _ALL
+) -> _ErrorSums:
     _check(mask, error)
-    wrong = slice_sums(error, axis) + elsewhere
+    wrong = np.array(elsewhere) if isinstance(elsewhere, np.ndarray) else np.full(mask.shape[axis], elsewhere)
+    wrong[slices] += slice_sums(error, axis)
     in_mask, wrong_in_mask = np.zeros_like(wrong), np.zeros_like(wrong)
     box = bounding_box(mask)
     if box is not None:
-        in_mask[box[axis]] = _counts(mask[box], _in_plane(axis))
-        wrong_in_mask[box[axis]] = slice_sums(np.where(mask[box], error[box], 0), axis)
+        in_mask[slices][box[axis]] = _counts(mask[box], _in_plane(axis))
+        wrong_in_mask[slices][box[axis]] = slice_sums(np.where(mask[box], error[box], 0), axis)
     return _ErrorSums(in_mask, wrong, wrong_in_mask)
 
 
-def _from_sums(sums: _ErrorSums, mask: BoolArray, error: FloatArray, over: Axes, empty: EmptyRule) -> SliceMetrics:
+def _from_sums(
+    sums: _ErrorSums, mask: BoolArray, error: FloatArray, over: Axes, empty: EmptyRule, slices: slice = _ALL
+) -> SliceMetrics:
     right = sums.in_mask - sums.wrong_in_mask
     in_truth = np.maximum(right + (sums.wrong - sums.wrong_in_mask), 0.0)  # rounding may leave -1e-16
     blank = in_truth * empty.voxel_volume_mm3 < empty.max_sum_mm3
     if blank.any():
         # M(1-E) + (1-M)E reaches one half where E is at most one half inside the mask, or at least that outside it
         peaks = np.where(mask, error <= PEAK_OF_A_TRUTH, error >= PEAK_OF_A_TRUTH)
-        blank &= ~peaks.any(axis=over)
+        blank[slices] &= ~peaks.any(axis=over)
     in_both, in_truth = np.where(blank, 0.0, right), np.where(blank, 0.0, in_truth)
     return _ratios(sums.in_mask, in_truth, in_both, sums.wrong)
 

@@ -138,7 +138,9 @@ class SampleParams(Params):
     """The next scan to correct."""
 
     skip_reason: Line | None = Field(None, description="Why the scan that the annotator has is put aside.")
-    resume: Line | None = Field(None, description="A scan that was put aside and is wanted back.")
+    resume: Line | None = Field(
+        None, description="A scan that was put aside, or whose label was rejected, and is wanted back."
+    )
 
 
 class SkipParams(Params):

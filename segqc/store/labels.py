@@ -65,8 +65,7 @@ PSEUDO_TAGS: Final = (PSEUDO, IGNORED)
 """The tags of what rounds accept: nothing else is kept there for a network."""
 ATTENTION_CHECK: Final = "attention-check"
 """Of masks with a planted error: the current label of no tag, and no file below ``labels/`` shows them."""
-SERVERS_TAGS: Final = (RETURNED, PROPOSAL, *PSEUDO_TAGS, ATTENTION_CHECK)
-"""Tags under which clients submit nothing: what lies there was made by the server, or by what a reviewer decided."""
+_SERVERS_TAGS: Final = (ORIGINAL, RETURNED, PROPOSAL, LIKELY_ERRORS_TAG, *PSEUDO_TAGS, ATTENTION_CHECK)
 _IN_ONE_QUERY: Final = 500
 NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label", "attention check")
 
@@ -164,6 +163,14 @@ def _identity(label: NewLabel | LabelRecord) -> tuple[object, ...]:
 def is_worked_on(tag: str) -> bool:
     """Whether annotators go on from labels under a tag."""
     return tag in (FINAL, ORIGINAL, RETURNED) or tag.startswith(READER)
+
+
+def is_servers_own(tag: str) -> bool:
+    """Whether clients submit nothing under a tag: networks, rounds, reviews or the server's numbering fill it.
+
+    An annotator's reading is numbered when it is submitted as the final label.
+    """
+    return tag in _SERVERS_TAGS or tag.startswith(READER)
 
 
 def checked_slices(label: LabelRecord) -> tuple[int, ...] | None:
@@ -515,9 +522,14 @@ def taken_proposals(transaction: Transaction) -> dict[int, TakenProposal]:
     }
 
 
-def infos(transaction: Transaction) -> dict[int, JsonObject]:
-    """What clients noted of each version that they noted something of."""
-    return {row.label_version_id: dict(row.info) for row in transaction.scalars(select(LabelInfo))}
+def infos(transaction: Transaction, versions: Sequence[int] | None = None) -> dict[int, JsonObject]:
+    """What clients noted of each version, or of some, that they noted something of."""
+    every = select(LabelInfo)
+    queries = [every]
+    if versions is not None:
+        parts = [versions[start : start + _IN_ONE_QUERY] for start in range(0, len(versions), _IN_ONE_QUERY)]
+        queries = [every.where(LabelInfo.label_version_id.in_(part)) for part in parts]
+    return {row.label_version_id: dict(row.info) for query in queries for row in transaction.scalars(query)}
 
 
 def update_info(transaction: Transaction, version: int, more: JsonObject) -> None:

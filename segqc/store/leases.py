@@ -336,7 +336,8 @@ def skip(transaction: Transaction, scan: str, actor: Actor, reason: str) -> Leas
 def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules) -> LeaseRecord:
     """Hand a scan out again to an annotator who had it and did not submit it; what this one has instead is released.
 
-    It stays the same lease, with the draw that it came by: one draw is one lease.
+    It stays the same lease, with the draw that it came by: one draw is one lease. Who has submitted the scan gets it
+    again, with a lease of its own, where a reviewer has rejected the label since: the scan waits for its correction.
 
     Raises:
         UnknownScan: if there is no such scan.
@@ -346,9 +347,11 @@ def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules)
     row = _last(transaction, scan, actor)
     if row.state == "open":
         return get(transaction, row.id)
-    if row.state == "submitted":
+    there = transaction.get_one(Scan, row.scan_id)
+    is_answered = row.state == "submitted"
+    if is_answered and (there.state != "rejected" or _is_read_again(row, there, rules)):
         raise StoreError(f"the scan {scan!r} was submitted by {actor.name!r} already")
-    if transaction.get_one(Scan, row.scan_id).queue is None:
+    if there.queue is None:
         raise StoreError(f"the scan {scan!r} does not wait for a label any more")
     waiting = _waiting("anyone", several_readers=rules.readers > 1, lately_skipped=True)
     is_free = select(Scan.id).where(Scan.id == row.scan_id, *waiting.free)
@@ -358,6 +361,9 @@ def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules)
     for other in transaction.scalars(select(LeaseRow).where(*mine)).all():
         _close(transaction, other, "released", actor)
     transaction.flush()
+    if is_answered:
+        again = Choice(row.scan_id)
+        return _open(transaction, actor, row.actor_id, row.strategy, "rejected", None, again, rules)
     begun = _begin(transaction, row.scan_id, actor, rules)
     row.state, row.handed_out_at, row.closed_at = "open", transaction.now, None
     row.slot, row.expires_at = begun.slot, begun.expires_at
@@ -367,6 +373,11 @@ def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules)
     transaction.flush()
     events.record(transaction, actor, "resumed", "scan", row.scan_id, {"lease": row.id})
     return get(transaction, row.id)
+
+
+def _is_read_again(row: LeaseRow, scan: Scan, rules: LeaseRules) -> bool:
+    """Whether one of several readers has submitted a rejected scan since it waits again."""
+    return rules.readers > 1 and row.closed_at is not None and row.closed_at >= scan.opened_at
 
 
 def _last(transaction: Transaction, scan: str, actor: Actor) -> LeaseRow:
@@ -414,9 +425,8 @@ def last_of(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord | 
     """
     rows = transaction.rows(_LAST_OF, {"scan": scan, **_named(actor)}).all()
     if rows and rows[0].former_name is not None and rows[0].state not in ("submitted", "skipped"):
-        raise scans.ScanReplaced(
-            f"the file of the scan {scan!r} was replaced after it was handed out; ask for the next sample again"
-        )
+        at = f"it was handed out to you ({rows[0].handed_out_at:%Y-%m-%d %H:%M} UTC)"
+        raise scans.ScanReplaced(scans.drawn_on_another(scan, at))
     last = next((row for row in rows if row.scan == scan), None)
     return None if last is None or last.state == "submitted" else _record(last)
 

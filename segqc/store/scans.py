@@ -68,6 +68,19 @@ class ScanReplaced(StoreError):  # noqa: N818 - the finding, not the exception, 
     """Another content has taken the place of the one that something was made for."""
 
 
+def drawn_on_another(name: str, since: str) -> str:
+    """What to tell an annotator whose label is of a scan that another one has taken the place of.
+
+    Args:
+        name: the scan's name.
+        since: what happened before: ``you opened it``.
+    """
+    return (
+        f"the scan {name!r} was replaced by another one since {since}: your label was drawn on the older one, and is "
+        "not kept for the one that is there now; ask for the scan again, and keep a copy of your label if you need it"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class FoundScan:
     """A scan file found in the folder: its path relative to it, the id it should have, and its patient.

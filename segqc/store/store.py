@@ -661,6 +661,13 @@ class Store:
                 leases.release(change.transaction, scan, actor)
 
 
+def has_store(dataset: Path) -> bool:
+    """Whether a folder holds a store, or label versions or networks of one whose database lies elsewhere or is lost."""
+    own = dataset / OWN_FOLDER
+    kept = [own / name for name in (DATABASE_FILE, MODELS_FOLDER, _FOLDER_ID, RESTORING_FILE)]
+    return any(path.exists() for path in [*kept, LabelFiles(dataset, own).objects])
+
+
 def _is_another(owner: Folder, dataset: Path) -> bool:
     """Whether the folder that a database belongs to is there, and is not this one: this one is a copy of it then."""
     path = Path(owner.path)

@@ -407,6 +407,14 @@ def labelled_scans(store: Store) -> set[str]:
     return {nfc(label_id(name)) for name in os.listdir(final)} if final.is_dir() else set()
 
 
+def is_for_scans(folder: Path) -> bool:
+    """Whether a folder holds scans, or what `sync` says of that it lies there instead of them."""
+    names = os.listdir(folder)
+    if any(scan_suffix(name) is not None or _misplaced(name) is not None for name in names):
+        return True
+    return bool(_folders_of_images(folder, ()))
+
+
 def _folders_of_images(dataset: Path, names: Collection[str]) -> list[str]:
     """The folders beside the scans that hold images among their first files, but for what is named like a scan.
 

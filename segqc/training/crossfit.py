@@ -159,19 +159,33 @@ def crossfit_masks(
         progress: reports after each step.
         only: the folds whose cases' masks are made; by default all.
     """
-    folds, made = folds_of_cases(cases, patient_splits), CrossfitMasks([], [])
-    wanted = folds if only is None else only
+    wanted = folds_of_cases(cases, patient_splits) if only is None else only
     common = cases, structures, patient_splits, plan, settings, folder
-    trained = side_by_side([partial(train_fold, fold, *common) for fold in wanted], settings, progress)
-    for fold, networks in zip(wanted, trained, strict=True):
-        held = [c for c in cases if patient_splits[c.patient].fold == fold]
-        made.networks.append(networks[0])
-        for i, case in enumerate(held):
-            path = masks_file(networks, case, settings, folder / "masks")
-            kept = ", kept from an earlier run" if path.is_file() else ""
-            progress.step(i, len(held), f"masks by the {_name_of(fold, folds)}", f"{case.id}{kept}")
-            made.sets.append(_masks_at(path, networks, case, settings))
-    return made
+    made = list(side_by_side([partial(_masks_of_fold, fold, *common) for fold in wanted], settings, progress))
+    return CrossfitMasks([s for m in made for s in m.sets], [network for m in made for network in m.networks])
+
+
+def _masks_of_fold(
+    fold: int,
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    patient_splits: dict[str, PatientSplit],
+    plan: NetworkPlan,
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> CrossfitMasks:
+    """Train a fold's network and make the masks of its cases, or take over what is done; arguments as above."""
+    networks = train_fold(fold, cases, structures, patient_splits, plan, settings, folder, progress)
+    name = _name_of(fold, folds_of_cases(cases, patient_splits))
+    held = [c for c in cases if patient_splits[c.patient].fold == fold]
+    sets: list[MaskSet] = []
+    for i, case in enumerate(held):
+        path = masks_file(networks, case, settings, folder / "masks")
+        kept = ", kept from an earlier run" if path.is_file() else ""
+        progress.step(i, len(held), f"masks by the {name}", f"{case.id}{kept}")
+        sets.append(_masks_at(path, networks, case, settings))
+    return CrossfitMasks(sets, networks[:1])
 
 
 def train_fold(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -303,10 +304,12 @@ def _copied(result: Array, array: Array) -> Array:
     return result.copy() if np.may_share_memory(result, array) else result
 
 
+@functools.lru_cache(maxsize=32)
 def _weights(old: int, new: int) -> npt.NDArray[np.float64]:
     """The matrix (new, old) of linear interpolation, after a Gaussian where it shrinks by more than `SMOOTHING_RATIO`.
 
-    A product with a banded matrix is many times as fast as filtering and picking voxels.
+    A product with a banded matrix is many times as fast as filtering and picking voxels. Not to be changed: scans of
+    one size share it.
     """
     matrix = np.eye(old)
     if old / new > SMOOTHING_RATIO:

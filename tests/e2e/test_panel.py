@@ -230,6 +230,29 @@ def test_a_hidden_structure_is_shown_when_it_is_to_be_painted(anna: Annotator) -
     assert anna.ask("[...session.hiddenValues]") == [1]
 
 
+def test_a_structure_that_is_hidden_while_it_is_painted_is_shown_with_the_next_stroke(anna: Annotator) -> None:
+    anna.open("plain")
+    anna.press("spleen")
+    anna.press("Brush")
+    anna.press("Hide liver")
+    anna.press("Hide spleen")
+    start = anna.voxels()
+    (x, y, _), (right, down, _) = anna.place(4, 5), anna.place(9, 5)
+    anna.page.mouse.move(x, y)
+    anna.page.mouse.down()
+    anna.page.mouse.move(right, down, steps=4)
+    anna.page.wait_for_function(f"() => [...{SESSION}.hiddenValues].join() === '1'")  # and before the stroke has ended
+    expect(anna.page.locator("segqc-panel").get_by_role("button", name="Hide spleen")).to_be_visible()
+    anna.page.mouse.up()
+    anna.page.wait_for_function(f"() => {SESSION}.mask.done.length === 1")
+    assert set(np.unique(anna.voxels()[anna.voxels() != start])) == {SPLEEN}
+    anna.press("Hide spleen")
+    anna.press("Undo (Ctrl Z)")
+    anna.press("Eraser")
+    anna.stroke((4, 5), (24, 16))
+    assert anna.ask("[...session.hiddenValues]") == [1, SPLEEN], "nothing is painted into them"
+
+
 def test_unsubmitted_changes_are_asked_for_and_can_be_had_back(anna: Annotator, tmp_path: Path) -> None:
     anna.open("plain")
     anna.press("Brush")

@@ -98,6 +98,16 @@ class Archive:
             self._names = {name: s.record.name for s in self.scans() for name in (s.study_uid, s.series_uid)}
         return [self._names[uid]] if uid in self._names else []
 
+    def replaced(self, uid: str) -> str | None:
+        """The name of the scan that a series or study was until another content took the place of its file."""
+        with self._dataset.store.read() as transaction:
+            retired = [scan for scan in scans.listing(transaction) if scan.former_name is not None]
+        for scan in retired:
+            before = DicomScan(replace(scan, name=scan.former_name or ""))
+            if uid in (before.study_uid, before.series_uid):
+                return scan.former_name
+        return None
+
     def _of_pacs(self, uid: str) -> DicomScan:
         names = self.names(uid)
         if len(names) > 1:

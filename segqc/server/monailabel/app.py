@@ -145,7 +145,7 @@ class DatasetApp(MONAILabelApp):
         saved: str | None = None
         if request.get("save_label") and "image_file" not in request:
             tag = LIKELY_ERRORS_TAG if name == "segqc" else request.get("label_tag") or "original"
-            if (problem := mask_tag_problem(tag)) is not None:
+            if name == "segmentation" and (problem := mask_tag_problem(tag)) is not None:
                 raise RequestError(400, problem)
             saved = self._save(image, Path(path), tag, name, params, assessed, content)
         return {"label": saved or path, "tag": "original", "file": path, "params": params}

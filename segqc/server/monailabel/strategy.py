@@ -160,7 +160,7 @@ class Sampling(Strategy):
 
         Args:
             request: may hold ``skip_reason`` (why the scan that the annotator has is put aside) or ``resume`` (a scan
-                that was put aside and is wanted back).
+                that was put aside, or whose label was rejected, and is wanted back).
             datastore: MONAI Label's; not asked.
 
         Raises:

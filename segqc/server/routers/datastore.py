@@ -13,6 +13,7 @@ import anyio.to_thread
 from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse
 
+from segqc.loop.submission import check_not_replaced
 from segqc.server.actors import RequestUser, acting
 from segqc.server.dicomweb.segmentations import check_segmentation
 from segqc.server.errors import RequestError
@@ -114,13 +115,20 @@ def save_label_of(
         RequestError: 400 for a tag that is none, 422 if the file is no label map of the scan.
         ImageNotFoundException: if there is no such scan.
         ApprovedError: 403 if the scan is approved and the user no reviewer.
+        ScanReplaced: 409 if the scan was replaced since it was handed out to the user.
     """
     app = current_app()
     dataset = app.context.dataset
     scan = dataset.verify(known_scan(image))
     tag = check_tag(tag or FINAL)  # clients may leave it empty
-    if tag in labels.SERVERS_TAGS:
-        raise RequestError(400, f"nobody submits a label under the tag {tag!r}: the server keeps its own there.")
+    if labels.is_servers_own(tag):
+        raise RequestError(
+            400,
+            f"nobody submits a label under the tag {tag!r}: the server keeps its own there; submit it as {FINAL!r}, or "
+            "under a tag of your own.",
+        )
+    actor = user.actor(params.client_id)
+    check_not_replaced(dataset, scan.name, actor)
     named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = receive_labels(label, Path(folder))
@@ -129,7 +137,7 @@ def save_label_of(
         submitted = read_submission(received, dataset.scan_file(scan), names, params, configured=named, limits=limits)
         if asks_if_empty and not submitted.volume.array.any():
             raise EmptyLabelError
-        actor, info = user.actor(params.client_id), stored_info(params, names) if named else params.to_json()
+        info = stored_info(params, names) if named else params.to_json()
         _check_review(user, info)
         may_replace = user.may("reviewer")
         body = submit(dataset, scan, submitted, received, tag, actor, params, info, may_replace_approved=may_replace)
@@ -210,12 +218,13 @@ async def download_label(
         await propose_for(request, label, user.actor())
 
     def send() -> Response:
+        actor = user.known_actor()
         with open_store().read() as transaction:
             found = labels.current(transaction, known_label(label, tag), tag)
             if check_only or found is None:
                 return JSONResponse({})
-            shown = attention_checks.shown_to(transaction, found, user.known_actor())
-        return send_label(shown)
+            shown = attention_checks.shown_to(transaction, found, actor)
+        return send_label(shown, actor)
 
     return await anyio.to_thread.run_sync(send)
 

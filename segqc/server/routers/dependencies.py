@@ -15,6 +15,7 @@ from fastapi import Depends, Request, UploadFile
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
+from segqc.loop.planted_errors import proposal_beside_error
 from segqc.server.actors import RequestUser, request_user
 from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
@@ -22,7 +23,7 @@ from segqc.server.monailabel.facade import Session, current_app
 from segqc.server.names import check_session_id, split_suffix
 from segqc.store import labels, scans
 from segqc.store.labels import IGNORED, LIKELY_ERRORS_TAG
-from segqc.store.records import LabelRecord, ScanRecord
+from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.store.store import Store, suffix_of
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, read_labels, write_labels
 from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
@@ -166,13 +167,19 @@ def version_of(scan: str, version: int) -> LabelRecord:
     return found[0]
 
 
-def send_label(label: LabelRecord) -> FileResponse:
-    """Send the file of a label version, with the values that clients count by."""
+def send_label(label: LabelRecord, actor: Actor | None) -> FileResponse:
+    """Send the file of a label version, with the values that clients count by.
+
+    Args:
+        label: the version; where an error is planted into it for an annotator, the one that this one gets.
+        actor: the annotator; None for a client that does not say.
+    """
     context, path = current_app().context, open_store().label_file(label)
     name, names = f"{label.scan}{suffix_of(path)}", context.labels()
-    if label.tag in (LIKELY_ERRORS_TAG, IGNORED) or same_values(names):
+    voxels = proposal_beside_error(context.dataset, label, actor)
+    if voxels is None and (label.tag in (LIKELY_ERRORS_TAG, IGNORED) or same_values(names)):
         return FileResponse(path, media_type="application/octet-stream", filename=name)
-    voxels = to_client(read_labels(path), names)
+    voxels = to_client(voxels or read_labels(path), names)
     handle, delivered = tempfile.mkstemp(prefix="segqc-", suffix=suffix_of(path))
     os.close(handle)
     write_labels(voxels, Path(delivered))

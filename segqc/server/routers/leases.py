@@ -43,5 +43,8 @@ def skip_scan(scan: str, user: AskingUser, params: SkipBody) -> JsonObject:
 
 @router.post("/segqc/leases/{scan}/resume", tags=["SegQC"], summary="Have a scan back")
 def resume_scan(scan: str, user: AskingUser, params: SampleBody) -> JsonObject:
-    """Hand out a scan again that the annotator had and skipped; answers as a request for the next sample does."""
+    """Hand out a scan again that the annotator had and skipped, or whose label was rejected.
+
+    It answers as a request for the next sample does.
+    """
     return next_scan(DEFAULT_STRATEGY, user, params.model_copy(update={"resume": scan}))

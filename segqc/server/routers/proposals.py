@@ -14,7 +14,7 @@ from segqc.loop.submission import current_start
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
 from segqc.server.parameters import MAX_INTEGER
-from segqc.server.routers.dependencies import known_image, open_store, send_label, version_of
+from segqc.server.routers.dependencies import AskingUser, known_image, open_store, send_label, version_of
 from segqc.store.records import Actor, LabelRecord
 
 router = APIRouter()
@@ -25,6 +25,7 @@ async def download_proposal(
     request: Request,
     scan: str,
     version: Annotated[int, Query(ge=0, le=MAX_INTEGER, description="The label version that it is made of.")],
+    user: AskingUser,
 ) -> Response:
     """Send a label version as SegQC-Net would correct it, with the values that clients count by; made now if need be.
 
@@ -32,7 +33,7 @@ async def download_proposal(
     """
     label = await anyio.to_thread.run_sync(functools.partial(version_of, scan, version))
     proposal = await proposal_for(request, label)
-    return await anyio.to_thread.run_sync(send_label, proposal.label)
+    return await anyio.to_thread.run_sync(send_label, proposal.label, user.known_actor())
 
 
 async def proposal_for(request: Request, label: LabelRecord) -> Proposal:

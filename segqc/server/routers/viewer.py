@@ -13,11 +13,13 @@ import numpy as np
 from fastapi import APIRouter, File, Path, Request, Response, UploadFile
 
 from segqc.loop import proposals
+from segqc.loop.planted_errors import proposal_beside_error
 from segqc.loop.scoring import error_map
 from segqc.loop.submission import (
     LabelMovedOnError,
     StartedFrom,
     Submission,
+    check_not_replaced,
     check_start,
     measure_change,
     submit_label,
@@ -51,8 +53,9 @@ from segqc.server.viewer import (
     view_proposal,
 )
 from segqc.store import attention_checks, labels, leases
-from segqc.store.labels import FINAL, ORIGINAL
+from segqc.store.labels import FINAL, ORIGINAL, PROPOSAL
 from segqc.store.records import Actor, JsonObject, LabelRecord, TakenProposal
+from segqc.store.scans import ScanReplaced, drawn_on_another
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_grid, read_labels
 
@@ -145,11 +148,13 @@ async def label_voxels(request: Request, study: Study, version: VersionNumber, u
 
     def work() -> Response:
         scan, header = _scan(study)
-        label = _version(scan, version)
+        label, context = _version(scan, version), current_app().context
         shown = _shown(label, user.actor())
-        may_change = label.tag == ORIGINAL and current_app().context.settings.annotation.attention_checks > 0
+        may_change = label.tag in (ORIGINAL, PROPOSAL) and context.settings.annotation.attention_checks > 0
         keeps = _ASK_AGAIN if may_change or shown.id != label.id else _FOR_EVER
-        return _bytes(request, to_bytes(_read(scan, shown), header), keeps)
+        proposed = proposal_beside_error(context.dataset, label, user.actor())
+        array = _read(scan, shown) if proposed is None else proposed.array
+        return _bytes(request, to_bytes(array, header), keeps)
 
     return await in_turn(request, work)
 
@@ -194,7 +199,7 @@ async def check_label(request: Request, study: Study, user: AskingUser, params: 
 
 
 def _check(study: str, user: RequestUser, params: ViewerSubmission, voxels: UploadFile) -> Check:
-    scan, header = _scan(study)
+    scan, header = _drawn_on(study, user.actor(params.client_id))
     end, dataset = _received(scan, header, params, voxels), current_app().context.dataset
     conflict = None
     try:
@@ -249,7 +254,7 @@ async def submit_voxels(request: Request, study: Study, user: AskingUser, params
 
 def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: UploadFile) -> Submission:
     context = current_app().context
-    scan, header = _scan(study)
+    scan, header = _drawn_on(study, user.actor(params.client_id))
     end = _received(scan, header, params, voxels)
     tag = _tag_beside(scan) if params.beside else FINAL
     info = stored_info(LabelParams(label_names={**context.labels()}), context.labels())
@@ -287,6 +292,29 @@ def _scan(study: str) -> tuple[DicomScan, ScanHeader]:
     archive = current_app().context.archive
     scan = archive.scan(study)
     return scan, archive.header(scan)
+
+
+def _drawn_on(study: str, actor: Actor) -> tuple[DicomScan, ScanHeader]:
+    """The scan that an annotator's label map was drawn on.
+
+    Raises:
+        RequestError: 404 if there is none, or another one took its place; it says so.
+        ScanReplaced: 409 if the images of a PACS are others since they were handed out.
+    """
+    context = current_app().context
+    try:
+        found = _scan(study)
+    except RequestError as error:
+        name = context.archive.replaced(study)
+        if name is None:
+            raise
+        try:
+            check_not_replaced(context.dataset, name, actor)
+        except ScanReplaced as replaced:
+            raise RequestError(404, str(replaced)) from error
+        raise RequestError(404, drawn_on_another(name, "you opened it")) from error
+    check_not_replaced(context.dataset, found[0].record.name, actor)
+    return found
 
 
 def _version(scan: DicomScan, version: int) -> LabelRecord:

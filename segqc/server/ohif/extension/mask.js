@@ -5,7 +5,7 @@
  *
  * @typedef {import('./server.js').Scan} Scan
  */
-import { instanceOf, viewportsOf } from './ohif.js';
+import { currentInstance, instanceOf, viewportsOf } from './ohif.js';
 
 const MAX_UNDO_BYTES = 128e6;
 const FILL = 0.25;
@@ -46,6 +46,9 @@ export class Mask extends EventTarget {
     this.onModified = (/** @type {CustomEvent} */ event) => {
       if (event.detail.segmentationId === id) {
         this.isTouched = true;
+        if (this.isPressed) {
+          this.#reveal(scan.instances.indexOf(currentInstance(services, scan) ?? ''));
+        }
         this.#look();
       }
     };
@@ -244,6 +247,26 @@ export class Mask extends EventTarget {
     });
   }
 
+  /**
+   * Show the hidden structures that were put into a slice since the last look, so that it is seen what is painted.
+   *
+   * @param {number} slice -1 for none
+   */
+  #reveal(slice) {
+    if (!this.hidden.size || slice < 0) {
+      return;
+    }
+    const now = this.images[slice].getScalarData();
+    const before = this.seen.subarray(slice * this.size, (slice + 1) * this.size);
+    const isPainted = (/** @type {number} */ value) =>
+      now.some((/** @type {number} */ voxel, /** @type {number} */ i) => voxel === value && before[i] !== value);
+    const painted = [...this.hidden].filter(isPainted);
+    if (painted.length) {
+      painted.forEach(value => this.toggle(value));
+      this.#tell();
+    }
+  }
+
   /** Note what was changed since the last look, when no stroke goes on. */
   #look() {
     if (this.isPressed || !this.isTouched) {
@@ -256,6 +279,7 @@ export class Mask extends EventTarget {
       const now = image.getScalarData();
       const before = this.seen.subarray(slice * this.size, (slice + 1) * this.size);
       if (!isSame(now, before)) {
+        this.#reveal(slice);
         step.push({ slice, before: before.slice(), after: now.slice() });
         before.set(now);
       }
