@@ -191,6 +191,24 @@ def test_buttons_do_what_their_keys_do_and_changes_are_submitted_first(anna: Ann
     np.testing.assert_array_equal(to_images("plain", stored(anna.version_kept())), painted)
 
 
+def test_the_wheel_goes_on_from_where_a_jump_went_and_nothing_is_said_to_be_loading(anna: Annotator) -> None:
+    anna.open("plain")
+    loading = anna.page.get_by_text("Loading...", exact=True)
+    anna.page.wait_for_timeout(500)
+    assert loading.count() == 0
+    anna.page.locator("segqc-panel").get_by_role("button", name="Next worst").click()
+    anna.page.wait_for_function(f"() => {SESSION}.instance === {SESSION}.ranked[1]")
+    at = anna.slice_shown()
+    anna.page.mouse.move(*anna.place(10, 10)[:2])
+    for turn in (100, -100):  # at one end of the stack, one of them does nothing
+        if anna.slice_shown() == at:
+            anna.page.mouse.wheel(0, turn)
+            anna.page.wait_for_timeout(500)
+    assert abs(anna.slice_shown() - at) == 1
+    anna.page.wait_for_timeout(500)
+    assert loading.count() == 0
+
+
 def test_a_stroke_is_taken_back_by_the_viewer(anna: Annotator) -> None:
     """OHIF's own button for it, where there is one, and ours agree."""
     anna.open("oblique")

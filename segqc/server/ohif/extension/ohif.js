@@ -146,7 +146,10 @@ export async function jumpTo(services, scan, instance) {
     const imageIds = viewport.getImageIds();
     const imageId = imageIds.find((/** @type {string} */ id) => instanceOf(id) === instance);
     if (isStack(viewport)) {
-      await viewport.setImageIdIndex(imageIds.indexOf(imageId));
+      const index = imageIds.indexOf(imageId);
+      await viewport.setImageIdIndex(index);
+      // else OHIF 3.10 counts the wheel's next turn from the image before, and says "Loading..." once a mask is added
+      viewport.targetImageIdIndex = index;
       viewport.render();
     } else if (imageId && viewport.jumpToWorld) {
       viewport.jumpToWorld(toWorld(imageId, (scan.columns - 1) / 2, (scan.rows - 1) / 2));
