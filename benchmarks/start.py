@@ -20,7 +20,7 @@ import sqlite3
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -40,9 +40,9 @@ def answers() -> bool:
         return False
 
 
-def is_published(models: Path, network: str) -> bool:
-    """Whether a bundle holds the network."""
-    return any(models.glob(f"[1-9]*/{network}.pt"))
+def is_published(folders: Sequence[Path], network: str) -> bool:
+    """Whether a bundle in one of the folders holds the network."""
+    return any(next(folder.glob(f"models/[1-9]*/{network}.pt"), None) for folder in folders)
 
 
 def seconds_until(condition: Callable[[], bool], started: float, server: subprocess.Popen[bytes]) -> float:
@@ -54,11 +54,14 @@ def seconds_until(condition: Callable[[], bool], started: float, server: subproc
     return round(time.monotonic() - started, 1)
 
 
-def is_scored(store: Path) -> bool:
-    """Whether the scans that wait have their scores."""
+def is_scored(folders: Sequence[Path]) -> bool:
+    """Whether the scans that wait have their scores, by the store in one of the folders."""
     query = "SELECT count(*) FROM job WHERE kind = 'scoring' AND state = 'done'"
-    with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as database:
-        return bool(database.execute(query).fetchone()[0])
+    for store in (folder / "store.sqlite" for folder in folders):
+        if store.is_file():
+            with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as database:
+                return bool(database.execute(query).fetchone()[0])
+    return False
 
 
 def measure(commit: str, clone: Path, log: Path) -> dict[str, float]:
@@ -66,10 +69,12 @@ def measure(commit: str, clone: Path, log: Path) -> dict[str, float]:
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     subprocess.run(["git", "-C", str(clone), "checkout", "--quiet", commit], check=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS")}
-    own = clone / "served" / "sample-datastore" / "segqc"
+    own = [
+        clone / name / "segqc" for name in ("served/sample-datastore", "sample-datastore")
+    ]  # in place, in early ones
     watched: dict[str, Callable[[], bool]] = {"first answer": answers}
-    watched |= {f"{name} network": functools.partial(is_published, own / "models", name) for name in NETWORKS}
-    watched["all scores"] = functools.partial(is_scored, own / "store.sqlite")
+    watched |= {f"{name} network": functools.partial(is_published, own, name) for name in NETWORKS}
+    watched["all scores"] = functools.partial(is_scored, own)
     seconds: dict[str, float] = {}
     for start in ("empty clone", "second start"):
         with log.open("ab") as lines:
