@@ -20,7 +20,7 @@ from sqlalchemy import func, select, text
 from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import bundles, findings, labels, pacs
 from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreDamaged, StoreError, Transaction, sqlite_url
-from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
+from segqc.store.files import LabelFiles, appearing, copy_with_sha256, sha256_of, state_of
 from segqc.store.schema import LABELLED_STATES, OPEN_STATES, LabelVersion, LabelView, Scan
 from segqc.store.store import MODELS_FOLDER, OWN_FOLDER, Store
 from segqc.text import nfc
@@ -386,8 +386,7 @@ def rebuild_views(store: Store, *, overwrite: bool = False, progress: Progress =
     with store.write() as transaction:
         latest, views = set(_currents(transaction)), _views(transaction)
         for tag, group in itertools.groupby((c for c in wrong if c in latest), key=lambda current: current.tag):
-            # a folder that appears with all its files at once never looks like one that lost some
-            with _appearing(store.files.views / tag) as folder:
+            with appearing(store.files.views / tag) as folder:
                 for current in group:
                     view = views.get((current.scan_id, tag))
                     path = folder / f"{current.scan}{current.suffix}"
@@ -398,16 +397,6 @@ def rebuild_views(store: Store, *, overwrite: bool = False, progress: Progress =
         for key in views.keys() - {(current.scan_id, current.tag) for current in latest}:
             transaction.delete(transaction.get_one(LabelView, key))
     return Restored(len(wrong) - len(edited), tuple(edited))
-
-
-@contextlib.contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield folder
-        return
-    with atomic_write(folder) as temporary:
-        temporary.mkdir()
-        yield temporary
 
 
 def _is_edited(path: Path, current: _Current, view: _View | None) -> bool:
