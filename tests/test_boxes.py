@@ -260,7 +260,16 @@ def test_detections_of_several_scans_add_up() -> None:
     assert sum([Detection(3, 1, 1), Detection(1, 3, 1)], Detection()) == Detection(4, 4, 2)
 
 
-@pytest.mark.parametrize("values", [{"threshold": 0}, {"min_area_mm2": -1}, {"max_area_mm2": -1}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"threshold": 0},
+        {"min_area_mm2": -1},
+        {"max_area_mm2": -1},
+        {"min_area_mm2": np.nan},
+        {"max_slice_share": np.inf},
+    ],
+)
 def test_settings_that_mean_nothing_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="boxes"):
         BoxSettings(**values)

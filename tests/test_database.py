@@ -394,13 +394,16 @@ def test_the_lock_is_given_in_the_order_of_asking() -> None:
     assert lock.acquire(0)  # nobody holds it any more
 
 
-def test_json_that_cannot_be_read_is_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cell", "damage"), [("request = '{\"model\":'", "JSON"), ("enqueued_at = '2026-13-01'", "a time")]
+)
+def test_a_cell_that_cannot_be_read_is_damage(tmp_path: Path, cell: str, damage: str) -> None:
     opened = Store.open(tmp_path)
     with opened.write() as transaction:
         jobs.enqueue(transaction, "train", {"model": "segqc"}, ANNA)
-        transaction.execute(text("UPDATE job SET request = '{\"model\":'"))
+        transaction.connection().exec_driver_sql(f"UPDATE job SET {cell}")
     with (
-        pytest.raises(StoreDamaged, match=r"JSON in it cannot be read.*segqc db restore"),
+        pytest.raises(StoreDamaged, match=rf"{damage} in it cannot be read.*segqc db restore"),
         opened.read() as transaction,
     ):
         jobs.open_jobs(transaction, "train")

@@ -202,6 +202,36 @@ def test_a_label_that_cannot_be_read_for_a_while_is_not_removed(dataset: Dataset
     assert len(history(dataset, "scan_0")) == 1
 
 
+@pytest.mark.parametrize("name", ["scan_0.nii", "scan_0.seg.nrrd"])
+def test_a_label_is_not_removed_where_a_file_that_cannot_be_used_takes_its_place(
+    dataset: Dataset, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_CLOCK_TICK_NS", -1)  # a file just written would be read again
+    submit(dataset, "scan_0")
+    final(folder, "scan_0").unlink()
+    path = folder / "labels/final" / name
+    path.write_bytes(b"not what it was")
+    for _ in range(2):
+        assert states(dataset)["scan_0"] == "submitted"
+        assert [f.file for f in dataset.findings()] == [f"labels/final/{name}"]
+        assert path.read_bytes() == b"not what it was"
+    path.unlink()
+    assert states(dataset)["scan_0"] == "unlabelled"
+
+
+def test_a_label_that_is_saved_while_the_folder_is_gone_removes_no_other(dataset: Dataset, folder: Path) -> None:
+    for scan in ("scan_0", "scan_1"):
+        submit(dataset, scan)
+    before = final(folder, "scan_0").read_bytes()
+    (folder / "labels").rename(folder / "not-mounted")
+    submit(dataset, "scan_1", 1)
+    submit(dataset, "scan_2")
+    assert set(states(dataset).values()) == {"submitted"}
+    assert final(folder, "scan_0").read_bytes() == before
+    assert [len(history(dataset, f"scan_{i}")) for i in range(3)] == [1, 2, 1]
+    assert check(dataset.store) == []
+
+
 @pytest.mark.parametrize("name", [b"a\nb.nii.gz", b"a\x1b[31m.nii.gz", b"labels/final/\xff.nii.gz"])
 def test_a_name_that_cannot_be_printed_is_kept_aside(
     dataset: Dataset, folder: Path, tmp_path: Path, name: bytes

@@ -274,6 +274,16 @@ def test_a_damaged_database_is_found(store: Store) -> None:
     assert "refers to a row of patient" in whats(store)[0]
 
 
+@pytest.mark.parametrize("damage", ["DROP TABLE feature", "UPDATE scan SET added_at = 'yesterday'"])
+def test_rows_that_cannot_be_read_are_found(store: Store, damage: str) -> None:
+    if not store.database.is_sqlite:
+        pytest.skip("PostgreSQL keeps no such cell")
+    with store.write() as transaction:
+        transaction.connection().exec_driver_sql(damage)
+    (found,) = maintenance.check(store)
+    assert "the database is damaged" in found.what
+
+
 # ----------------------------------------------------------------------------------------------------------- upgrade
 
 

@@ -51,9 +51,9 @@ class BoxSettings:
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"boxes: threshold must lie in (0, 1], got {self.threshold}")
-        sizes = (self.min_distance_voxels, self.min_area_mm2, self.max_area_mm2 or 0, self.max_slice_share)
-        if min(*sizes, self.min_area_share or 0) < 0:
-            raise ValueError("boxes: distances, areas and shares must not be negative")
+        sizes = (self.min_distance_voxels, self.min_area_mm2, self.max_slice_share, self.min_area_share or 0)
+        if not all(0 <= size < math.inf for size in sizes) or not (self.max_area_mm2 or 0) >= 0:
+            raise ValueError("boxes: distances, areas and shares must be finite, and not negative")
 
     def bounded(self, *, largest_mm2: float | None, evidence: float | None) -> BoxSettings:
         """These settings with the bounds that come from a training, where they have none of their own.

@@ -56,10 +56,10 @@ class ExtractionSettings:
     def __post_init__(self) -> None:
         bound = 0.0 if self.max_component_share is None else self.max_component_share
         values = (self.band_mm, self.min_component_mm2, bound, *self.structure_band_mm.values())
-        if not all(value >= 0 for value in values):
+        if not all(0 <= value < math.inf for value in values):
             raise ValueError(
-                "error extraction: band_mm, structure_band_mm, min_component_mm2 and max_component_share must not be "
-                "negative"
+                "error extraction: band_mm, structure_band_mm, min_component_mm2 and max_component_share must be "
+                "finite, and not negative"
             )
         if not (0 <= self.max_band_share <= 1 and 0 <= self.regrow <= 1 and 0 < self.threshold <= 1):
             raise ValueError("error extraction: max_band_share and regrow must lie in [0, 1] and threshold in (0, 1]")

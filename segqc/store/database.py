@@ -96,8 +96,8 @@ class StoreReadOnly(StoreError):  # noqa: N818 - the finding, not the exception,
     """The database lies in a folder that cannot be written."""
 
 
-class UnreadableJSON(ValueError):  # noqa: N818 - the finding, not the exception, is what callers name
-    """A cell that holds JSON cannot be read."""
+class UnreadableCell(ValueError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """A cell that holds JSON or a time cannot be read."""
 
 
 class Transaction(Session):
@@ -314,7 +314,7 @@ class Database:
             raise StoreUnavailable(f"{self.shown}: the database is too busy; try again") from error
         except (IntegrityError, DataError, NotSupportedError):
             raise  # what was to be written is wrong, not the database
-        except UnreadableJSON as error:
+        except UnreadableCell as error:
             raise self._damaged(str(error)) from error
         except (DatabaseError, InterfaceError) as error:
             if getattr(error.orig, "sqlstate", None) == _REFUSED_BY_TRIGGER:
@@ -469,7 +469,7 @@ def _read_json(content: str) -> object:
     try:
         return json.loads(content)
     except (ValueError, TypeError) as error:
-        raise UnreadableJSON("JSON in it cannot be read") from error
+        raise UnreadableCell("JSON in it cannot be read") from error
 
 
 def _is_writable(path: Path) -> bool:

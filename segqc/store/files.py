@@ -307,6 +307,20 @@ class LabelFiles:
             yield from (path for path in sorted(self.objects.rglob("*")) if path.is_file())
 
 
+@contextlib.contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to put files into; one that is not there appears with all of them at once.
+
+    So it never looks like a folder that has lost some.
+    """
+    if folder.is_dir():
+        yield folder
+        return
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
 def _is_beginning(arrival: Path) -> bool:
     """Whether another process is about to take the arrival's lock."""
     return arrival.name.startswith(".") and not _is_old(arrival)

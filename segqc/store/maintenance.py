@@ -20,13 +20,14 @@ from sqlalchemy import func, select, text
 from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import bundles, findings, labels, pacs
 from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreDamaged, StoreError, Transaction, sqlite_url
-from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
-from segqc.store.schema import LABELLED_STATES, OPEN_STATES, LabelVersion, LabelView, Scan
+from segqc.store.files import LabelFiles, appearing, copy_with_sha256, sha256_of, state_of
+from segqc.store.schema import LABELLED_STATES, OPEN_STATES, Base, LabelVersion, LabelView, Scan
 from segqc.store.store import MODELS_FOLDER, OWN_FOLDER, Store
 from segqc.text import nfc
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix
 
 _ASIDE: Final = "until then it is not used"
+_ROWS: Final = 1000  # of a table are in memory at once
 _TAKE_IN: Final = "any command that opens the folder takes it in, 'segqc rank' for one"
 
 
@@ -150,6 +151,8 @@ def check(store: Store, progress: Progress = NO_PROGRESS) -> list[Finding]:
     Every content is hashed, which takes about as long as reading all label files twice. Nothing is changed.
     """
     found = list(_database_findings(store))
+    if unreadable := list(_cell_findings(store)):
+        return found + unreadable  # what is left of the rows says nothing about files
     found += _content_findings(store, progress)
     found += _view_findings(store, progress)
     found += _scan_findings(store)
@@ -203,6 +206,17 @@ def _database_findings(store: Store) -> Iterator[Finding]:
                 )
             if state in OPEN_STATES and scan in finals:
                 yield Finding(f"the scan {name!r} is {state}, but has a final label", "save its label once more")
+
+
+def _cell_findings(store: Store) -> Iterator[Finding]:
+    """What whoever reads the rows will meet: a table that is gone, a cell that cannot be read."""
+    try:
+        with store.read() as transaction:
+            for table in Base.metadata.sorted_tables:
+                for _ in transaction.execute(select(table)).yield_per(_ROWS):
+                    pass
+    except StoreDamaged as error:
+        yield Finding(error.clause, "no other repair helps")
 
 
 def _content_findings(store: Store, progress: Progress) -> Iterator[Finding]:
@@ -386,8 +400,7 @@ def rebuild_views(store: Store, *, overwrite: bool = False, progress: Progress =
     with store.write() as transaction:
         latest, views = set(_currents(transaction)), _views(transaction)
         for tag, group in itertools.groupby((c for c in wrong if c in latest), key=lambda current: current.tag):
-            # a folder that appears with all its files at once never looks like one that lost some
-            with _appearing(store.files.views / tag) as folder:
+            with appearing(store.files.views / tag) as folder:
                 for current in group:
                     view = views.get((current.scan_id, tag))
                     path = folder / f"{current.scan}{current.suffix}"
@@ -398,16 +411,6 @@ def rebuild_views(store: Store, *, overwrite: bool = False, progress: Progress =
         for key in views.keys() - {(current.scan_id, current.tag) for current in latest}:
             transaction.delete(transaction.get_one(LabelView, key))
     return Restored(len(wrong) - len(edited), tuple(edited))
-
-
-@contextlib.contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield folder
-        return
-    with atomic_write(folder) as temporary:
-        temporary.mkdir()
-        yield temporary
 
 
 def _is_edited(path: Path, current: _Current, view: _View | None) -> bool:

@@ -6,6 +6,7 @@ Times are UTC. States and kinds are plain text with a CHECK, so that the databas
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 from typing import Final, get_args
 
 from sqlalchemy import (
@@ -24,9 +25,11 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from segqc.split import Split
+from segqc.store.database import UnreadableCell
 from segqc.store.records import (
     ActorKind,
     Draw,
@@ -51,10 +54,25 @@ LABELLED_STATES: Final[tuple[ScanState, ...]] = ("submitted", "approved")
 Json = JSON(none_as_null=True)
 
 
+class _SqliteDateTime(sqlite.DATETIME):
+    """A time as SQLite keeps it: as text, which may be damaged."""
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[str | None], dt.datetime | None]:
+        """Read times, or tell of damage."""
+
+        def read(value: str | None) -> dt.datetime | None:
+            try:
+                return None if value is None else dt.datetime.fromisoformat(value)
+            except (ValueError, TypeError) as error:
+                raise UnreadableCell("a time in it cannot be read") from error
+
+        return read
+
+
 class UtcDateTime(TypeDecorator[dt.datetime]):
     """An aware datetime in UTC; SQLite keeps it as text without a zone, and gives it back with one."""
 
-    impl = DateTime(timezone=True)
+    impl = DateTime(timezone=True).with_variant(_SqliteDateTime(), "sqlite")  # type: ignore[no-untyped-call]
     cache_ok = True
 
     def process_bind_param(self, value: dt.datetime | None, dialect: Dialect) -> dt.datetime | None:

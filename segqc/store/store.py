@@ -32,9 +32,9 @@ from segqc.store.database import (
     utc_now,
 )
 from segqc.store.events import FOLDER, SERVER
-from segqc.store.files import Arrival, FoundLabel, LabelFiles, Plan, contents_of, sha256_of, state_of
+from segqc.store.files import Arrival, FoundLabel, LabelFiles, Plan, appearing, contents_of, sha256_of, state_of
 from segqc.store.intake import AnyContent, Intake
-from segqc.store.labels import FINAL, PROPOSAL, RETURNED, NewLabel
+from segqc.store.labels import FINAL, PROPOSAL, PSEUDO, RETURNED, NewLabel
 from segqc.store.records import Actor, LabelRecord, ScanRecord, ScanState
 from segqc.store.schema import OPEN_STATES, Folder
 from segqc.store.sources import ScanSource
@@ -405,6 +405,7 @@ class Store:
                     yield changing
                     versions = changing.all_versions
                     transaction.flush()  # what the constraints refuse is refused before files move
+                    self._bring_back(transaction, changes)
                     for number, (change, version, arrival) in enumerate(zip(changes, versions, arrivals, strict=True)):
                         # an edit's file goes with the others when the change that it precedes is put
                         key = (change.label.scan, change.label.tag)
@@ -443,6 +444,28 @@ class Store:
         if unseen:
             raise _Unseen(unseen)
         return found
+
+    def _bring_back(self, transaction: Transaction, changes: Sequence[LabelChange]) -> None:
+        """Show the other labels of a tag again whose whole folder is gone, before a file is written into a new one.
+
+        A folder that is gone may just not be mounted. One that came back with a single file would look as if somebody
+        had removed all others. Pseudo-labels do go with their folder.
+        """
+        written = {(c.label.scan, c.label.tag) for c in changes if c.is_shown and c.found is None and c.source}
+        for tag in {tag for _, tag in written} - {PSEUDO}:
+            folder = self.files.views / tag
+            if folder.is_dir() or not (shown := labels.views(transaction, tag)):
+                continue
+            logger.warning("labels/%s is gone; its %d labels are shown in a new folder", tag, len(shown))
+            with appearing(folder) as new:
+                for file, view in shown.items():
+                    label = labels.get(transaction, view.version)
+                    if (label.scan, tag) in written:
+                        continue
+                    content = contents_of(label.sha256, label.suffix, label.submitted_sha256, label.submitted_suffix)
+                    copy = new / Path(file).name
+                    shutil.copyfile(self.files.object_path(*content[-1]), copy)
+                    os.utime(copy, ns=(view.modified_ns, view.modified_ns))  # the row stays true as it is
 
     def _is_known(self, transaction: Transaction, key: tuple[str, str], file: str) -> bool:
         """Whether a file holds what the current version of its label does.

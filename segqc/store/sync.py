@@ -718,14 +718,12 @@ class _LabelPass:
             done += len(batch)
             if len(by_scan) > _LABEL_BATCH:
                 logger.info("taking in labels/%s: %d of %d", self.tag, done, len(by_scan))
-        settled = by_scan.keys() | {self._scan_of(name) for name in touched}
+        # a file that cannot be used, whatever its suffix, has taken the label's place: it stays, and nothing is removed
+        lying = {self._scan_of(name) for name in (*self.states, *unreadable) if label_suffix(name) is not None}
         gone = [
             scan
             for scan, file in self.shown.items()
-            if os.path.basename(file) not in self.states
-            and os.path.basename(file) not in unreadable
-            and scan not in settled
-            and not os.path.isfile(self.store.files.views / file)
+            if scan not in lying and not os.path.isfile(self.store.files.views / file)
         ]
         removals = [
             LabelChange(NewLabel(scan, self.tag, "removal", FOLDER), None) for scan in gone if scan in self.scans
