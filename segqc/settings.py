@@ -779,6 +779,8 @@ def _blame(
 
 
 def _read_toml(path: Path) -> dict[str, object]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise SettingsError(f"{path}: cannot be read (it is no file)")
     try:
         text = decode_text(path.read_bytes())
         text = text.replace("\r\n", "\n").replace("\r", "\n")  # TOML knows no lone carriage returns

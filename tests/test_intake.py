@@ -17,6 +17,7 @@ from segqc.loop.submission import submit_label
 from segqc.selection import sequential
 from segqc.store import assessments, files, labels, leases, scans
 from segqc.store import sync as folder_module
+from segqc.store.database import StoreError
 from segqc.store.files import sha256_of
 from segqc.store.intake import AnyContent, FileChecks
 from segqc.store.labels import NewLabel
@@ -142,6 +143,30 @@ def test_what_does_not_pass_is_kept_aside_and_the_rest_goes_on(
     path.unlink()
     dataset.refresh()
     assert dataset.findings() == []
+
+
+@pytest.mark.parametrize("name", ["labels", "labels/final"])
+def test_a_file_in_the_place_of_a_labels_folder_is_told_and_takes_no_label_away(
+    dataset: Dataset, folder: Path, tmp_path: Path, name: str
+) -> None:
+    final(folder, "scan_0").write_bytes(label_bytes(tmp_path))
+    assert states(dataset)["scan_0"] == "submitted"
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).touch()
+    assert states(dataset)["scan_0"] == "submitted"
+    (found,) = dataset.findings()
+    assert found.sentence.startswith(f"{name}: is a file")
+    (folder / name).unlink()
+    (tmp_path / "elsewhere").rename(folder / name)
+    assert states(dataset)["scan_0"] == "submitted"
+    assert dataset.findings() == []
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_in_the_place_of_the_store_is_told(folder: Path, link: bool) -> None:
+    (folder / "segqc").symlink_to("nowhere") if link else (folder / "segqc").touch()
+    with pytest.raises(StoreError, match=r"segqc: is a file, or a link that leads nowhere"):
+        Store.open(folder)
 
 
 @pytest.mark.parametrize(

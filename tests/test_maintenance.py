@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -182,6 +183,25 @@ def test_contents_are_looked_at(store: Store, final: LabelRecord) -> None:
     assert f"{store.label_file(final)}: this label content is damaged" in whats(store)
     store.label_file(final).unlink()
     assert f"{store.label_file(final)}: this label content is missing" in whats(store)
+
+
+def test_files_that_cannot_be_read_are_named_and_the_others_looked_at(
+    store: Store, final: LabelRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = {store.label_file(final), store.files.views / "final" / "scan_1.nii.gz"}
+    read = maintenance.sha256_of
+
+    def refusing(path: Path) -> str:
+        if path in refused:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return read(path)
+
+    monkeypatch.setattr(maintenance, "sha256_of", refusing)
+    damaged = store.files.views / "original" / "scan_1.nii.gz"
+    damage(damaged)
+    assert sorted(whats(store)) == sorted(
+        [*(f"{path}: cannot be read (Permission denied)" for path in refused), f"{damaged}: this label file is damaged"]
+    )
 
 
 def test_a_view_that_is_gone_or_damaged_is_repaired(store: Store, final: LabelRecord) -> None:

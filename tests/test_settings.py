@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,10 @@ def test_settings_that_cannot_be_read_are_not_passed_over(tmp_path: Path) -> Non
         load_settings(tmp_path)
     (tmp_path / "segqc.toml").unlink()
     (tmp_path / "segqc.toml").mkdir()
+    with pytest.raises(SettingsError, match=r"segqc\.toml: cannot be read"):
+        load_settings(tmp_path)
+    (tmp_path / "segqc.toml").rmdir()
+    os.mkfifo(tmp_path / "segqc.toml")
     with pytest.raises(SettingsError, match=r"segqc\.toml: cannot be read"):
         load_settings(tmp_path)
 

@@ -224,10 +224,8 @@ def _content_findings(store: Store, progress: Progress) -> Iterator[Finding]:
         contents = sorted(labels.contents(transaction))
     for done, (sha256, suffix) in enumerate(contents, 1):
         path = store.files.object_path(sha256, suffix)
-        if not path.is_file():
-            yield Finding(f"{path}: this label content is missing", "copy it from a backup")
-        elif sha256_of(path) != sha256:
-            yield Finding(f"{path}: this label content is damaged", "replace it by the one of a backup")
+        if (finding := _content_finding(path, sha256)) is not None:
+            yield finding
         progress.step(done, len(contents), "label contents", unit="files")
     known = {store.files.object_path(*content) for content in contents}
     untracked = [path for path in store.files.all_objects() if path not in known]
@@ -238,6 +236,17 @@ def _content_findings(store: Store, progress: Progress) -> Iterator[Finding]:
         untracked = [path for path in untracked if path.exists() and path not in known]
     for path in untracked:
         yield Finding(f"{path}: no label version speaks of this file", "it may be removed", is_damage=False)
+
+
+def _content_finding(path: Path, sha256: str) -> Finding | None:
+    if not path.is_file():
+        return Finding(f"{path}: this label content is missing", "copy it from a backup")
+    try:
+        if sha256_of(path) == sha256:
+            return None
+    except OSError as error:
+        return _unreadable(path, error)
+    return Finding(f"{path}: this label content is damaged", "replace it by the one of a backup")
 
 
 def _scan_findings(store: Store) -> Iterator[Finding]:
@@ -360,11 +369,18 @@ def _view_finding(store: Store, current: _Current, view: _View | None) -> Findin
         return Finding(f"{path}: the store did not note which version it shows", _RESTORE)
     if not path.is_file():
         return Finding(f"{path}: this label file is missing", _RESTORE)
-    if sha256_of(path) == current.sha256:
-        return None
+    try:
+        if sha256_of(path) == current.sha256:
+            return None
+    except OSError as error:
+        return _unreadable(path, error)
     if _is_as_left(path, view):
         return Finding(f"{path}: this label file is damaged", _RESTORE)
     return Finding(f"{path}: was changed after the store wrote it", f"{_TAKE_IN}, as a new version", is_damage=False)
+
+
+def _unreadable(path: Path, error: OSError) -> Finding:
+    return Finding(f"{path}: cannot be read ({error.strerror})", "give this user the right to, or repair the disk")
 
 
 def _is_as_left(path: Path, view: _View) -> bool:

@@ -173,7 +173,13 @@ class Store:
         """
         store = cls(dataset, url, clock=clock, patience_seconds=patience_seconds, intake=intake, source=source)
         if store.is_writable:
-            store.own.mkdir(parents=True, exist_ok=True)
+            try:
+                store.own.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise StoreError(
+                    f"{store.own}: is a file, or a link that leads nowhere, where the store's folder belongs; "
+                    "move it away"
+                ) from error
         if (store.own / RESTORING_FILE).exists():
             raise StoreError(f"{store.dataset}: a restore did not come to its end; run 'segqc db restore' again")
         store._check_revision()

@@ -45,6 +45,7 @@ _SAME_NAME: Final = (
     "has the name of another scan file, {other}, but for the way in which accents are stored (Unicode's NFC and NFD); "
     "rename one, or remove the copy"
 )
+_NO_FOLDER: Final = "is a file, or a link that leads nowhere, where a folder of labels belongs; move it away"
 _UNPRINTABLE: Final = "has a name that is not UTF-8 or holds control characters; rename the file"
 # Formats of images that are commonly put beside scans and would silently be left out. Settings and side-cars are not.
 _OTHER_FORMATS: Final = (".mha", ".mhd", ".dcm", ".ima", ".mgz", ".img", ".nhdr", ".mnc")
@@ -840,14 +841,18 @@ def _tag_folders(store: Store) -> list[Path]:
 
 
 def _without_tag(store: Store) -> dict[str, Finding]:
-    """Label files that lie beside the tags' folders, and not in one."""
+    """Label files that lie beside the tags' folders, and not in one, and files that are where a folder belongs."""
     found = {}
     if store.files.views.is_dir():
         for entry, _ in _files(store.files.views, {}):
-            if label_suffix(entry.name) is not None:
-                file = f"labels/{printable(entry.name)}"
+            file = f"labels/{printable(entry.name)}"
+            if entry.name == labels.FINAL:
+                found[file] = Finding(file, "label", f"{file}: {_NO_FOLDER}", "")
+            elif label_suffix(entry.name) is not None:
                 sentence = f"{file}: lies in no tag's folder; move it to labels/{labels.FINAL}/ if it is a final label"
                 found[file] = Finding(file, "label", sentence, "")
+    elif os.path.lexists(store.files.views):
+        found["labels/"] = Finding("labels/", "label", f"labels: {_NO_FOLDER}", "")
     return found
 
 
