@@ -142,7 +142,6 @@ def test_other_data_or_settings_are_trained_anew(tmp_path: Path) -> None:
     assert first.version != other.version
 
 
-@pytest.mark.skipif(not has_bfloat16(device_of_choice()), reason="no instructions for bfloat16 here")
 def test_early_networks_are_those_of_epochs_that_the_time_allowed(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 6)
     settings = replace(QUICK, fold_epochs=12, max_minutes=1e-6)  # two epochs; 1, 2 and 6 are wanted
@@ -166,6 +165,7 @@ def test_early_networks_of_a_kept_training_are_found_again(tmp_path: Path) -> No
     assert not early_networks(other, tmp_path / "t"), "another network's"
 
 
+@pytest.mark.skipif(not has_bfloat16(device_of_choice()), reason="no instructions for bfloat16 here")
 def test_mixed_precision_learns_alike_and_answers_in_float32(tmp_path: Path) -> None:
     cases, longer = make_cases(tmp_path, 5), replace(QUICK, epochs=8, steps_per_epoch=4)
     curves = {}
