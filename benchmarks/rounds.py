@@ -6,7 +6,8 @@
 ``time`` is of `segqc round` at its default settings, on 60 scans, half of them labelled. ``kills`` does a short round,
 labels some scans more, and measures the next round, in which accepted pseudo-labels train: at each instant of a seeded
 draw, in a copy of the folder, the command and all its processes are killed (SIGKILL), the round goes on, and its
-networks, estimates and pseudo-labels are compared with those of an undisturbed one.
+networks, estimates and pseudo-labels are compared with those of an undisturbed one. A round that has ended before its
+instant is no kill: another instant is drawn. Kills of other seeds are kept beside those that the result holds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,9 +55,9 @@ min_dice = 0.0
 class Outcome:
     """What a round has published and chosen: versions of the networks, estimates, and hashes of the pseudo-labels."""
 
-    networks: dict[str, str]
-    estimates: dict[str, float | None]
-    pseudo_labels: dict[str, str | None]
+    networks: Mapping[str, str]
+    estimates: Mapping[str, float | None]
+    pseudo_labels: Mapping[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,6 @@ class Kill:
     """A round that was killed after so many seconds, and then continued."""
 
     seconds: float
-    was_running: bool
     is_same: bool
 
 
@@ -130,19 +131,25 @@ def killed(data: Path, work: Path, instants: int, seed: int) -> list[Kill]:
     begun = time.monotonic()
     finish(undisturbed, work / "kills.log")
     length, wanted = time.monotonic() - begun, outcome_of(undisturbed)
-    found = []
-    for instant in np.sort(np.random.default_rng(seed).uniform(0, length, instants)):
-        folder = work / "killed"
+    rng = np.random.default_rng(seed)
+    left = sorted(rng.uniform(0, length, instants).tolist())
+    found: list[Kill] = []
+    while left:
+        instant, folder = left.pop(0), work / "killed"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(first, folder)
-        command = begin(folder, work / "kills.log")
-        time.sleep(float(instant))
-        was_running = command.poll() is None
-        if was_running:
+        begun, command = time.monotonic(), begin(folder, work / "kills.log")
+        try:
+            command.wait(instant)
+        except subprocess.TimeoutExpired:
             os.killpg(command.pid, signal.SIGKILL)
-        command.wait()
+            command.wait()
+        else:  # the machine is faster than it was
+            length = min(length, time.monotonic() - begun)
+            left.append(rng.uniform(0, length))
+            continue
         finish(folder, work / "kills.log")
-        found.append(Kill(round(float(instant), 2), was_running, outcome_of(folder) == wanted))
+        found.append(Kill(round(instant, 2), outcome_of(folder) == wanted))
         Console().print(found[-1])
     return found
 
@@ -157,19 +164,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, object] = {
+    path = RESULTS / f"rounds-{arguments.what}.json"
+    run: dict[str, object] = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{name_of_device()}, {platform.machine()}, {os.cpu_count()} cores",
         "load before": round(os.getloadavg()[0], 1),
     }
+    kept: list[dict[str, object]] = []
     if arguments.what == "time":
-        result["round"] = asdict(timed(arguments.data, arguments.work))
+        run["round"] = asdict(timed(arguments.data, arguments.work))
     else:
-        kills = killed(arguments.data, arguments.work, arguments.instants, arguments.seed)
-        result["kills"] = [asdict(kill) for kill in kills]
-    with atomic_write(RESULTS / f"rounds-{arguments.what}.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Console().print(result)
+        found = killed(arguments.data, arguments.work, arguments.instants, arguments.seed)
+        run |= {"seed": arguments.seed, "kills": [asdict(kill) for kill in found]}
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    with atomic_write(path) as temporary:
+        runs = [*(other for other in kept if other["seed"] != arguments.seed), run]
+        temporary.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    Console().print(run)
 
 
 if __name__ == "__main__":

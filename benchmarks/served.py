@@ -53,6 +53,7 @@ from segqc.quality.error_counts import SignedCounts, count_voxels
 from segqc.quality.error_maps import difference
 from segqc.quality.estimation import Scores, scores
 from segqc.quality.metrics import MetricName, true_metrics
+from segqc.quality.report_card import StructureReport
 from segqc.training import LineProgress
 from segqc.training.assessor_calibration import with_maps
 from segqc.training.cases import label_values, read_case
@@ -65,6 +66,8 @@ RESULTS = Path(__file__).parent / "results"
 NETWORKS: tuple[NetworkName, ...] = ("segmentation", "segqc")
 WORST, ALL = "worst structure", "all"
 SHOWN, MAP, AS_TRAINED = "SegQC", "SegQC's map", "SegQC's map, not calibrated"
+STRANGERS = "SegQC's map, strange masks"
+STRANGE = 2  # masks of a scan by strange networks: those of the folds, also at early epochs
 SOFT, TTA, FOLD_MASKS, FOLD_MEAN = "soft output", "TTA-16", "folds' masks", "folds' mean"
 ENTROPY, SIZE, UNLIKENESS = "entropy", "size", "unlikeness"
 ORDERS = (ENTROPY, SIZE, UNLIKENESS)  # no estimates
@@ -104,7 +107,7 @@ class Found:
     """How much of the error volume a map finds, over the masks of a subset: tissue missed, and tissue included wrongly.
 
     Attributes:
-        map, subset, structure: what it is.
+        map, subset, structure: what it is; the map of `STRANGERS` is of other masks than the served ones.
         missed_share: missed tissue as a share of all errors.
         missed, included: recall at the lowest threshold with a precision of `PRECISION`, of each by itself.
         missed_half, included_half: recall at an error probability of one half.
@@ -122,7 +125,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was measured on one pool of one set with networks of one seed."""
+    """What was measured on one pool of one set with networks of one seed.
+
+    ``card`` is what the networks' own report card says of each structure; empty in results from before it was kept.
+    """
 
     date: str
     machine: str
@@ -133,6 +139,7 @@ class Result:
     seconds: dict[str, float]
     masks: tuple[Measured, ...]
     found: tuple[Found, ...]
+    card: tuple[StructureReport, ...] = ()
 
 
 RESULT: TypeAdapter[Result] = TypeAdapter(Result)
@@ -172,13 +179,13 @@ def timed(part: str, work: Path) -> Iterator[None]:
         temporary.write_text(json.dumps(times), encoding="utf-8")
 
 
-def fold_networks(dataset: Dataset) -> list[Segmenter]:
-    """The folds' segmentation networks, as the training of SegQC-Net left them."""
+def fold_networks(dataset: Dataset) -> list[list[Segmenter]]:
+    """The networks of the folds, as the training of SegQC-Net left them, each followed by itself at early epochs."""
     cases, structures, splits = dataset.cases(), dataset.structures, dict(dataset.patient_splits())
     settings, folder = dataset.settings.training_settings("segqc"), dataset.training_folder("segqc")
     plan = plan_for(cases, settings, in_channels=1, out_channels=1 + len(label_values(structures)))
     folds = folds_of_cases(cases, splits)
-    return [train_fold(k, cases, structures, splits, plan, settings, folder, progress)[0] for k in folds]
+    return [train_fold(k, cases, structures, splits, plan, settings, folder, progress) for k in folds]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -211,7 +218,9 @@ def measure(fixed: HarderSet, seed: int, pool: Pool, dataset: Dataset, label: st
     if bundle is None:
         raise SystemExit(f"{dataset.folder}: no networks")
     segmenter, assessor, structures = bundle.segmenter(), bundle.assessor(), dataset.structures
-    folds, sizes = fold_networks(dataset), Sizes(dataset)
+    report = bundle.manifest.report
+    of_folds, sizes = fold_networks(dataset), Sizes(dataset)
+    folds, strangers = [networks[0] for networks in of_folds], [n for networks in of_folds for n in networks]
     maps = {MAP: MapEstimator([assessor]), AS_TRAINED: MapEstimator([with_maps(assessor, ())])}
     witnesses: dict[str, Estimator] = {
         SOFT: SoftOutput(structures),
@@ -223,6 +232,7 @@ def measure(fixed: HarderSet, seed: int, pool: Pool, dataset: Dataset, label: st
     rows: list[Measured] = []
     counts: dict[tuple[str, str, str], SignedCounts] = defaultdict(SignedCounts)
     scans = fixed.pool(seed, pool)
+    rng = np.random.default_rng((24, seed))
     for number, waiting in enumerate(scans):
         progress.step(number, len(scans), "witnesses", waiting.id)
         scan, labels, truth = _read(dataset, waiting.id, assessor)
@@ -259,6 +269,17 @@ def measure(fixed: HarderSet, seed: int, pool: Pool, dataset: Dataset, label: st
                 if error is not None:
                     for subset in (ALL, waiting.subset):
                         counts[name, subset, structure.name] += count_voxels(error, difference(held, real), held)
+        for network in (strangers[int(i)] for i in rng.permutation(len(strangers))[:STRANGE]):
+            drawn = network.predict(scan).labels
+            for structure, estimate in zip(
+                structures, maps[MAP].estimate(AssessedMask(scan, drawn, network)), strict=True
+            ):
+                held, real = structure.mask(drawn.array), structure.mask(truth.array)
+                if estimate.error is not None:
+                    for subset in (ALL, waiting.subset):
+                        counts[STRANGERS, subset, structure.name] += count_voxels(
+                            estimate.error, difference(held, real), held
+                        )
         rows += of_mask if len(of_mask) == 1 else [*of_mask, _worst(of_mask, stored.dice)]
     times = json.loads((dataset.folder.parent / "seconds.json").read_text(encoding="utf-8"))
     return Result(
@@ -271,6 +292,7 @@ def measure(fixed: HarderSet, seed: int, pool: Pool, dataset: Dataset, label: st
         seconds=times,
         masks=tuple(rows),
         found=tuple(_found(*key, of) for key, of in counts.items()),
+        card=() if report is None else (report.worst, *report.structures),
     )
 
 
@@ -345,6 +367,8 @@ class Numbers:
     missed_half: float | None
     included: float | None
     included_half: float | None
+    strange_missed: float | None  # not in results from before strange masks were judged, too
+    strange_included: float | None
 
 
 def chosen(result: Result, structure: str, subset: str) -> list[Measured]:
@@ -355,7 +379,8 @@ def chosen(result: Result, structure: str, subset: str) -> list[Measured]:
 def numbers(result: Result, structure: str, subset: str) -> Numbers:
     """Summarise a subset of a result's masks."""
     masks = chosen(result, structure, subset)
-    found = next((f for f in result.found if (f.map, f.subset, f.structure) == (MAP, subset, structure)), None)
+    of_maps = {f.map: f for f in result.found if (f.subset, f.structure) == (subset, structure)}
+    found, strange = of_maps.get(MAP), of_maps.get(STRANGERS)
     shown = witness_scores(masks, SHOWN)
     rvd, arvd = _of_metric(masks, "rvd"), _of_metric(masks, "arvd")
     size = _of_metric(masks, "rvd", lambda value: abs(value))
@@ -392,6 +417,8 @@ def numbers(result: Result, structure: str, subset: str) -> Numbers:
         missed_half=found.missed_half if found else None,
         included=found.included if found else None,
         included_half=found.included_half if found else None,
+        strange_missed=strange.missed if strange else None,
+        strange_included=strange.included if strange else None,
     )
 
 
@@ -485,18 +512,46 @@ def tables(results: Sequence[Result]) -> list[Table]:
             *("structure", "scans", "RVD", "its constant", "|RVD|", "its constant ", "ARVD", "its constant  "),
             *("90% hold", "width", "marked", "of these fail"),
             *("errors missed", "found", "at 1/2", "included: found", "at 1/2 "),
+            *("strange masks: missed found", "included found"),
         ),
         tuple(
             (
                 *(*key, r.rvd, r.rvd_constant, r.size, r.size_constant, r.arvd, r.arvd_constant, r.covered, r.width),
                 *(r.marked, r.marked_failed, r.missed_share, r.missed, r.missed_half, r.included, r.included_half),
+                *(r.strange_missed, r.strange_included),
             )
             for key, r in rows.items()
             if key[0] != WORST
         ),
         digits=2,
     )
-    return [dice, others, *(_witness_table(results, structure, subsets, title) for structure in structures)]
+    return [
+        dice,
+        others,
+        *_card_tables(results, subsets, title),
+        *(_witness_table(results, structure, subsets, title) for structure in structures),
+    ]
+
+
+def _card_tables(results: Sequence[Result], subsets: Sequence[str], title: str) -> list[Table]:
+    """What the networks' own report cards say, beside the pool, by seed; the intervals are the cards'."""
+    rows: list[tuple[str | float | None, ...]] = []
+    for result in results:
+        for report in result.card:
+            if report.figures is not None:
+                ratio, order = report.figures.ratio, report.figures.spearman
+                said = (ratio.value, ratio.low, ratio.high, order.value, order.low, order.high)
+                rows.append((result.seed, report.structure, "card", report.patients, report.figures.true_dice, *said))
+            for subset in subsets:
+                of = numbers(result, report.structure, subset)
+                share = of.mae / of.constant if of.mae is not None and of.constant else None
+                shown = (share, None, None, of.spearman, None, None)
+                rows.append((result.seed, report.structure, subset, of.n, of.true_dice, *shown))
+    if not rows:
+        return []
+    columns = ("seed", "structure", "scans", "n", "true Dice", "MAE/constant", "from", "to", "Spearman", "from ", "to ")
+    digits = dict.fromkeys(columns[4:], 2) | {"seed": 0, "n": 0}
+    return [Table("card", f"Report card: {title}", columns, tuple(rows), digits=digits, group="seed")]
 
 
 def _witness_table(results: Sequence[Result], structure: str, subsets: Sequence[str], title: str) -> Table:
