@@ -12,6 +12,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from segqc.quality.estimation import ConfidenceInterval
+from segqc.quality.report_card import BesideConstant, Figures, StructureReport
 from segqc.settings import load_settings
 from segqc.types import Metrics
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
@@ -187,6 +189,29 @@ def test_tables_have_a_row_for_each_subset_and_each_witness(served: ModuleType) 
         assert list(dict.fromkeys(row[0] for row in table.rows)) == [served.ALL, "unseen", "seen"]
         assert table.rows[-1][1] == "best constant"
         assert all(row[2] is None for row in table.rows if row[1] in served.ORDERS)
+
+
+def test_the_report_card_and_strange_masks_stand_beside_the_pool(served: ModuleType) -> None:
+    measured = result(served)
+    ratio, order = (ConfidenceInterval(value, value - 0.2, value + 0.2, 0.9, 2000) for value in (0.8, 0.5))
+    figures = Figures(
+        true_dice=0.7,
+        dice=BesideConstant(mae=0.04, constant_mae=0.05),
+        ratio=ratio,
+        spearman=order,
+        regret=0.1,
+        coverage=0.9,
+    )
+    report = StructureReport(structure="left", patients=15, scans=15, figures=figures)
+    strange = served.Found(served.STRANGERS, served.ALL, "left", 0.4, 0.7, 0.2, 0.8, 0.5)
+    measured = replace(measured, card=(report,), found=(*measured.found, strange))
+    row = served.numbers(measured, "left", served.ALL)
+    assert (row.missed, row.strange_missed, row.strange_included) == (0.3, 0.7, 0.8)
+    (table,) = (t for t in served.tables([measured, result(served, 1)]) if t.name == "card")
+    card, everything, *_ = table.rows
+    assert card == (0, "left", "card", 15, 0.7, 0.8, pytest.approx(0.6), 1.0, 0.5, 0.3, 0.7)
+    assert everything[2] == served.ALL and everything[5] == pytest.approx(row.mae / row.constant)
+    assert served.RESULT.validate_json(served.RESULT.dump_json(measured)) == measured
 
 
 @pytest.mark.parametrize("label", ["before", "error-logit"])
