@@ -194,6 +194,18 @@ def test_a_tilted_gantry_is_left_aside_by_the_series_name(session: Path, tmp_pat
     assert str(tmp_path) not in item.reason
 
 
+def test_a_link_to_a_folder_is_named_and_not_followed(session: Path, tmp_path: Path) -> None:
+    series(tmp_path / "elsewhere", "1.2")
+    series(session / "1", "1.1")
+    (session / "2").symlink_to(tmp_path / "elsewhere")
+    (session / "1" / "up").symlink_to(session)
+    code, output = run(session, tmp_path / "out")
+    assert code == 0
+    assert scans(tmp_path / "out") == ["1"]
+    assert "2: is a link to a folder" in output
+    assert "1/up: is a link to a folder" in output
+
+
 def test_a_folder_that_cannot_be_read_is_named(session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     series(session / "a", "1.2")
     series(session / "b", "1.3", stack(1))

@@ -70,6 +70,17 @@ def test_segments_without_a_voxel_may_have_any_name(tmp_path: Path, scan: Path, 
         read_submission(submit(tmp_path / "n.nrrd", {2: 3}), scan, NAMES, params)
 
 
+def test_a_segmentation_of_another_shape_is_refused_before_its_voxels_are_read(tmp_path: Path, scan: Path) -> None:
+    path = tmp_path / "m.seg.nrrd"
+    path.write_text(
+        "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 800 800 800\nencoding: gzip\nspace: left-posterior-superior\n"
+        "space directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\n"
+        "Segment0_Name:=liver\nSegment0_LabelValue:=1\nSegment0_Layer:=0\n\n"
+    )
+    with pytest.raises(RequestError, match="resample them to the scan"):
+        read_submission(path, scan, NAMES, LabelParams())
+
+
 @pytest.mark.parametrize("name", ["likely error", "Likely Error", "likely error (scribbles)"])
 def test_likely_errors_that_hide_structures_are_refused(tmp_path: Path, scan: Path, name: str) -> None:
     path = submit(tmp_path / "m.nrrd", {1: 3, 3: 8})

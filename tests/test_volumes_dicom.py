@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
+import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,12 +18,16 @@ import pytest
 import SimpleITK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydicom.dataset import Dataset, FileDataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
     RLELossless,
 )
 
@@ -29,6 +35,7 @@ from segqc.volumes import (
     ReadLimits,
     Volume,
     VolumeError,
+    check_dicom_image,
     dicom_headers,
     is_scan_path,
     read_scan,
@@ -294,6 +301,32 @@ def test_run_lengths_that_cannot_expand_so_far_are_refused(tmp_path: Path) -> No
         open_dicom(InputFile(folder, ReadLimits(max_voxels=1 << 40))).voxels()
 
 
+@pytest.mark.parametrize(("kind", "syntax"), [("JPEG", JPEGBaseline8Bit), ("JPEG2000", JPEG2000Lossless)])
+@pytest.mark.parametrize("size", [(7, 5), (20000, 20000)])
+def test_compressed_pixels_of_another_size_are_not_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, syntax: str, size: tuple[int, int]
+) -> None:
+    written = io.BytesIO()
+    Image.new("L", (8, 8)).save(written, kind)
+    content = written.getvalue()
+    rows_at = content.index(b"\xff\xc0") + 5 if kind == "JPEG" else content.index(b"ihdr") + 4
+    width = ">HH" if kind == "JPEG" else ">II"
+    content = content[:rows_at] + struct.pack(width, *reversed(size)) + content[rows_at + struct.calcsize(width) :]
+
+    def change(_: int, item: Dataset) -> None:
+        item.file_meta.TransferSyntaxUID = syntax
+        item.BitsAllocated, item.BitsStored, item.HighBit = 8, 8, 7
+        item.PixelData = encapsulate([content])
+        item["PixelData"].is_undefined_length = True
+
+    folder = series(tmp_path / "s", change=change)
+    monkeypatch.setattr(FileDataset, "pixel_array", None)
+    with pytest.raises(VolumeError, match=r"00001\.dcm holds compressed pixels of another size"):
+        read_scan(folder)
+    with pytest.raises(VolumeError, match="compressed pixels of another size"):
+        check_dicom_image(folder / "00001.dcm")
+
+
 def test_more_pixels_than_the_header_says_are_refused(tmp_path: Path) -> None:
     folder = series(tmp_path / "s", change=lambda _, item: setattr(item, "PixelData", item.PixelData * 3))
     with pytest.raises(VolumeError, match="180 bytes of pixels for 60"):
@@ -394,6 +427,27 @@ def localizer(folder: Path, uid: str) -> Path:
     return series(folder, stack()[:, :, :2], turn, uid)
 
 
+def test_a_colour_image_in_a_series_is_left_out(tmp_path: Path) -> None:
+    def capture(_: int, item: Dataset) -> None:
+        item.SamplesPerPixel, item.PhotometricInterpretation, item.PlanarConfiguration = 3, "RGB", 0
+        item.SOPInstanceUID = "1.7"
+        del item.ImagePositionPatient
+
+    folder = add(series(tmp_path / "s"), series(tmp_path / "c", stack()[:, :, :1], capture), "a")
+    assert np.array_equal(read_scan(folder).array, stack())
+    assert reasons(folder) == ["holds a colour image in the same series."]
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".dcm.gz", ".TAR"])
+def test_packed_files_are_named_once_a_folder(tmp_path: Path, suffix: str) -> None:
+    folder = series(tmp_path / "s")
+    for number in range(3):
+        (folder / f"{number}{suffix}").write_bytes(b"packed")
+    (found,) = sort_into_volumes(sorted(folder.iterdir())).left_out
+    assert "is packed; unpack it" in found.reason
+    assert len(found.files) == 3
+
+
 @pytest.mark.parametrize("uid", ["1.2.3", "1.2.4"])
 def test_a_localizer_beside_the_series_or_in_it_is_left_out(
     tmp_path: Path, uid: str, caplog: pytest.LogCaptureFixture
@@ -403,6 +457,12 @@ def test_a_localizer_beside_the_series_or_in_it_is_left_out(
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(read_scan(tmp_path / "s").array, stack())
     assert "localizer" in caplog.text
+
+
+def relink(file: Path) -> None:
+    """Make a file a link that leads nowhere, as git-annex and failed copies leave them."""
+    file.unlink()
+    file.symlink_to("nowhere")
 
 
 def move_last(index: int, item: Dataset) -> None:
@@ -421,6 +481,9 @@ def move_last(index: int, item: Dataset) -> None:
         (lambda folder: edit(folder, lambda i, item: item.pop("ImagePositionPatient")), "ImagePositionPatient"),
         (lambda folder: edit(folder, lambda i, item: setattr(item, "PhotometricInterpretation", "RGB")), "colour"),
         (lambda folder: edit(folder, lambda i, item: setattr(item, "PixelSpacing", [0, 1])), "PixelSpacing"),
+        (lambda folder: edit(folder, lambda i, item: setattr(item, "ImageType", ["ORIGINAL", "MOSAIC"])), "mosaics"),
+        (lambda folder: relink(folder / "00004.dcm"), "00004.dcm cannot be read"),
+        (lambda folder: [relink(file) for file in folder.iterdir()], "cannot be read"),
         (lambda folder: (folder / "00002.dcm").write_bytes(b""), "00002.dcm is no DICOM file, or truncated"),
         (lambda folder: (folder / "00005.dcm").write_bytes(bytes(50)), "00005.dcm is no DICOM file, or truncated"),
     ],
@@ -494,6 +557,19 @@ def twice(folder: Path, first: dict[str, object], second: dict[str, object]) -> 
         ({"AcquisitionNumber": 1}, {"AcquisitionNumber": 2}, ["acquisition 1", "acquisition 2"]),
         ({"TemporalPositionIdentifier": 2}, {"TemporalPositionIdentifier": 10}, ["time 1", "time 2"]),
         ({"EchoTime": "5", "EchoNumbers": 1}, {"EchoTime": "30", "EchoNumbers": 2}, ["echo 1", "echo 2"]),
+        ({"DiffusionBValue": 0.0}, {"DiffusionBValue": 800.0}, ["b-value 1", "b-value 2"]),
+        (
+            {"DiffusionGradientOrientation": [0, 1.0, 0]},
+            {"DiffusionGradientOrientation": [1.0, 0, 0]},
+            ["direction 1", "direction 2"],
+        ),
+        ({"NominalPercentageOfCardiacPhase": 5.0}, {"NominalPercentageOfCardiacPhase": 45.0}, ["phase 1", "phase 2"]),
+        (
+            {"ImageType": ["ORIGINAL", "PRIMARY", "M"]},
+            {"ImageType": ["ORIGINAL", "PRIMARY", "P"]},
+            ["type 1", "type 2"],
+        ),
+        ({"AcquisitionTime": "095959.5"}, {"AcquisitionTime": "100000"}, ["time 1", "time 2"]),
     ],
 )
 def test_echoes_and_time_points_are_told_apart_by_one_tag(
@@ -506,6 +582,32 @@ def test_echoes_and_time_points_are_told_apart_by_one_tag(
     assert [volume.files[0].name[0] for volume in volumes] == starts
     with pytest.raises(VolumeError, match="holds 2 volumes"):
         read_scan(folder)
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "first", "second"),
+    [(0x0019100C, "IS", 0, 800), (0x00431039, "IS", [0, 8], [800, 8]), (0x20011003, "FL", 0.0, 800.0)],
+)
+def test_vendors_own_b_values_tell_volumes_apart(
+    tmp_path: Path, tag: int, kind: str, first: object, second: object
+) -> None:
+    folder = twice(tmp_path / "s", {}, {})
+    edit(folder, lambda index, item: item.add_new(tag, kind, first if index < SHAPE[2] else second))
+    volumes = sort_into_volumes(sorted(folder.iterdir())).volumes
+    assert [volume.part for volume in volumes] == ["b-value 1", "b-value 2"]
+
+
+def test_tags_that_tell_volumes_apart_together_need_not_be_all_that_vary(tmp_path: Path) -> None:
+    folder = series(tmp_path / "s", change=lambda index, item: setattr(item, "TriggerTime", 100 * index))
+    for echo, phase in ((5, 45.0), (30, 5.0), (30, 45.0)):
+
+        def change(index: int, item: Dataset, echo: int = echo, phase: float = phase) -> None:
+            item.SOPInstanceUID, item.TriggerTime = f"1.9.{echo}.{phase:g}.{index}", 100 * index
+            item.EchoTime, item.NominalPercentageOfCardiacPhase = echo, phase
+
+        add(folder, series(tmp_path / "o", stack(echo), change), f"{echo}-{phase}")
+    volumes = sort_into_volumes(sorted(folder.iterdir())).volumes
+    assert [volume.part for volume in volumes] == [f"volume {number}" for number in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize(

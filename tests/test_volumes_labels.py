@@ -128,6 +128,14 @@ def test_cropped_segmentation_is_put_in_its_place(tmp_path):
         read_labels(tmp_path / "a.nrrd", scan=SCAN)
 
 
+def test_more_layers_than_segments_are_refused_before_they_are_read(tmp_path):
+    masks = np.stack([LABELS == 1, LABELS == 2, LABELS == 0]).astype(np.uint8)
+    path = write_seg(tmp_path / "a.seg.nrrd", masks, [("placenta", 1, 0), ("body", 1, 1)], axis=0)
+    path.write_bytes(path.read_bytes().partition(b"\n\n")[0] + b"\n\n")
+    with pytest.raises(VolumeError, match=r"a\.seg\.nrrd: has 3 layers for 2 segments"):
+        read_labels(path, scan=SCAN, names=NAMES)
+
+
 @pytest.mark.parametrize("empty", ["Segment_4", "Segment_1", "lung", "Body", "likely error", "background"])
 @pytest.mark.parametrize("value", [4, 255])
 @pytest.mark.parametrize("position", [0, 3])

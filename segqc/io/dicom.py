@@ -63,15 +63,15 @@ def make_dataset(
     refuse_existing(folder)
     if not source.is_dir():
         raise ExchangeError(f"{source}: no such folder; name a folder of DICOM series")
-    unreadable: list[LeftAside] = []
-    files = list(_files(source, unreadable))
+    passed: list[LeftAside] = []
+    files = list(_files(source, passed))
     looked = iter(range(1, len(files) + 1))
     contents = sort_into_volumes(
         files, tick=lambda: progress.step(next(looked), len(files), "reading DICOM", unit="files")
     )
-    if not (contents.volumes or contents.left_out or unreadable):
+    if not (contents.volumes or contents.left_out or passed):
         raise ExchangeError(f"{source}: holds no DICOM files; name a folder of DICOM series")
-    left_aside = unreadable + [_left(source, entry.files, entry.reason) for entry in contents.left_out]
+    left_aside = passed + [_left(source, entry.files, entry.reason) for entry in contents.left_out]
     taken = 0
     with new_folder(folder) as temporary:
         for done, (name, volume) in enumerate(_named(source, contents.volumes), 1):
@@ -96,15 +96,19 @@ def make_dataset(
     return Imported(taken, 0, tuple(left_aside))
 
 
-def _files(source: Path, unreadable: list[LeftAside]) -> Iterator[Path]:
-    """The files of a folder and those below it, but for hidden ones; folders that cannot be read are noted."""
+def _files(source: Path, passed: list[LeftAside]) -> Iterator[Path]:
+    """The files of a folder and those below it, but for hidden ones; links and unreadable folders are noted."""
 
     def note(error: OSError) -> None:
         shown = relative_name(Path(error.filename), source)
-        unreadable.append(LeftAside(shown, f"{shown}: cannot be read ({error.strerror}); allow it and import again."))
+        passed.append(LeftAside(shown, f"{shown}: cannot be read ({error.strerror}); allow it and import again."))
 
     for place, folders, _ in os.walk(source, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for link in (Path(place, name) for name in folders if os.path.islink(Path(place, name))):
+            shown = relative_name(link, source)
+            reason = "is a link to a folder, and links are not followed; import that folder by its own name."
+            passed.append(LeftAside(shown, f"{shown}: {reason}"))
         try:
             yield from visible_files(Path(place))
         except OSError as error:

@@ -67,12 +67,12 @@ def read_submission(
         own = [s for s in source.segments or () if caseless(s.name) not in NO_STRUCTURES]
         # the Reviewer opens label maps without names and saves them with names of 3D Slicer's own making
         named = source.segments is not None and not (own and all(_UNNAMED.fullmatch(s.name.strip()) for s in own))
-        if source.segments is not None:
-            _check_no_likely_errors(source.voxels(), source.segments)
         by_name = names if named and configured else None
         if is_dicom and not configured:
             by_name = values_of(source.segments or (), names)
         labels = load_labels(file, source, scan, names=by_name)
+        if source.segments is not None:
+            _check_no_likely_errors(source.voxels(), source.segments)
     except VolumeError as error:
         raise RequestError(422, str(error)) from error
     if named:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from pathlib import Path
 from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
 from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import defragment_data
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
 
 from segqc.volumes.dicom_headers import first_line, read_dataset, read_header
@@ -152,6 +155,19 @@ def _check_pixel_bytes(item: FileDataset, file: Path) -> None:
         raise VolumeError(
             f"{file.name} is truncated or damaged, its pixels cannot expand to {promised} bytes; copy it again."
         )
+    elif syntax != RLELossless and not _are_of_size(item.PixelData, (int(item.Columns), int(item.Rows))):
+        raise VolumeError(f"{file.name} holds compressed pixels of another size than its header says; export it again.")
+
+
+def _are_of_size(pixels: bytes, size: tuple[int, int]) -> bool:
+    """Tell by the head of a JPEG or JPEG 2000 image whether it expands to so many columns and rows."""
+    try:
+        with Image.open(io.BytesIO(defragment_data(pixels))) as image:
+            return image.size == size
+    except UnidentifiedImageError:
+        return True  # of a kind that is not decoded here
+    except Image.DecompressionBombError:
+        return False
 
 
 def _stored_values(item: FileDataset) -> Array:

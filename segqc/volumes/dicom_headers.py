@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias, TypeVar
@@ -13,7 +13,7 @@ from typing import BinaryIO, Final, TypeAlias, TypeVar
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.tag import Tag
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -35,16 +35,23 @@ _TAGS: Final = [
     "SeriesDescription", "Modality", "ImageType", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "PhotometricInterpretation", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient", "SliceThickness",
     "SpacingBetweenSlices", "AcquisitionNumber", "EchoTime", "EchoNumbers", "TemporalPositionIdentifier",
-    "TriggerTime", "DiffusionBValue",
+    "TriggerTime",
 ]  # fmt: skip
 # What the volumes of one series may differ in, and what files of such a volume are called.
-SPLITTERS: Final = {
+SPLITTERS: Final[Mapping[str | int, str]] = {
     "AcquisitionNumber": "acquisition",
     "EchoTime": "echo",
     "EchoNumbers": "echo",
     "TemporalPositionIdentifier": "time",
     "TriggerTime": "time",
     "DiffusionBValue": "b-value",
+    0x0019100C: "b-value",  # Siemens, before there was a standard tag
+    0x00431039: "b-value",  # GE
+    0x20011003: "b-value",  # Philips
+    "DiffusionGradientOrientation": "direction",
+    "NominalPercentageOfCardiacPhase": "phase",
+    "ImageType": "type",
+    "AcquisitionTime": "time",
 }
 
 
@@ -67,6 +74,7 @@ class DicomHeader:
         sop_class: what it is, in words where DICOM's dictionary has them.
         is_image: whether it is an image by its SOP class.
         is_localizer: whether its image type says so.
+        is_mosaic: whether its image type says that it is one image of all slices of a volume.
         instance: its SOPInstanceUID.
         position: ImagePositionPatient (LPS).
         orientation: ImageOrientationPatient (LPS): the direction along a row, then the one along a column.
@@ -82,6 +90,7 @@ class DicomHeader:
     sop_class: str
     is_image: bool
     is_localizer: bool
+    is_mosaic: bool
     instance: str
     rows: int | None
     columns: int | None
@@ -107,7 +116,7 @@ def is_dicom(path: Path) -> bool:
     if not _begins_like_a_dataset(head):
         return False
     try:
-        return bool(_read(path, ["SOPClassUID"]).get("SOPClassUID"))
+        return bool(_read(path, [Tag("SOPClassUID")]).get("SOPClassUID"))
     except VolumeError:
         return False
 
@@ -129,7 +138,7 @@ def read_header(path: Path) -> DicomHeader:
     Raises:
         VolumeError: if it cannot be read. The message does not name the file's folder.
     """
-    item = _read(path, _TAGS)
+    item = _read(path, [Tag(tag) for tag in (*_TAGS, *SPLITTERS)])
     try:
         return _header(path, item)
     except Exception as error:  # values are converted when they are asked for, with errors of many kinds
@@ -161,7 +170,7 @@ def first_line(error: Exception) -> str:
     return type(error).__name__ if not said or " object at 0x" in said else said
 
 
-def _read(path: Path, tags: list[str] | None, *, pixels: bool = False) -> FileDataset:
+def _read(path: Path, tags: list[BaseTag] | None, *, pixels: bool = False) -> FileDataset:
     """Read a file, all of it or some tags, and with the pixels or nothing from them on."""
     try:
         _refuse_inflated(path)
@@ -211,7 +220,8 @@ def _header(path: Path, item: Dataset) -> DicomHeader:
     rows, columns = _value(item, "Rows", int), _value(item, "Columns", int)
     is_private = name == uid  # or missing
     is_image = (rows is not None and modality not in _NO_IMAGE_MODALITIES) if is_private else "Image Storage" in name
-    types = item.get("ImageType") or []
+    image_type = item.get("ImageType") or []
+    types = [image_type] if isinstance(image_type, str) else [str(part) for part in image_type]
     return DicomHeader(
         file=path,
         key=SeriesKey(*(str(item.get(tag) or "") for tag in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID"))),
@@ -219,7 +229,8 @@ def _header(path: Path, item: Dataset) -> DicomHeader:
         description=str(item.get("SeriesDescription") or "").strip(),
         sop_class=name.removesuffix(" Storage") or modality or "of no SOP class",
         is_image=is_image,
-        is_localizer="LOCALIZER" in ([types] if isinstance(types, str) else [str(part) for part in types]),
+        is_localizer="LOCALIZER" in types,
+        is_mosaic="MOSAIC" in types,
         instance=str(item.get("SOPInstanceUID") or ""),
         rows=rows,
         columns=columns,
@@ -230,7 +241,7 @@ def _header(path: Path, item: Dataset) -> DicomHeader:
         orientation=_numbers(item, "ImageOrientationPatient", 6),
         spacing=_numbers(item, "PixelSpacing", 2),
         thickness=_value(item, "SpacingBetweenSlices", float) or _value(item, "SliceThickness", float),
-        splitters=tuple(str(item.get(tag) or "").strip() if Tag(tag) in item else "" for tag in SPLITTERS),
+        splitters=tuple(str(item[tag].value or "").strip() if Tag(tag) in item else "" for tag in SPLITTERS),
     )
 
 

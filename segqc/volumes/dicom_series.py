@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import filecmp
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from segqc.volumes.dicom_headers import SPLITTERS, DicomHeader, SeriesKey, is_di
 from segqc.volumes.volume import LPS_TO_RAS, AffineArray, VolumeError, affine_finding
 
 _DICOM_SUFFIXES: Final = frozenset({".dcm", ".dicom", ".ima"})
+_PACKED_SUFFIXES: Final = frozenset({".zip", ".gz", ".tgz", ".tar", ".bz2", ".xz", ".7z", ".rar"})
+_MAX_SPLITTERS: Final = 3  # that tell volumes apart together
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,9 @@ class DicomContents:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """The files of a folder, sorted by name, but for hidden ones and a DICOMDIR."""
-    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
-    return [file for file in files if file.name.upper() != "DICOMDIR"]
+    """The files of a folder, sorted by name, but for hidden ones and a DICOMDIR; links that lead nowhere are there."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() or (file.is_symlink() and not file.exists()))
+    return [file for file in files if not file.name.startswith(".") and file.name.upper() != "DICOMDIR"]
 
 
 def dicom_files(folder: Path) -> list[Path]:
@@ -82,7 +85,8 @@ def sort_into_volumes(files: Iterable[Path], *, tick: Callable[[], None] = lambd
     """Sort files into volumes by what their headers say.
 
     Objects that are no images (reports, structure sets, presentation states) are left out, and other files are
-    passed over. A series becomes one volume, or several where one tag tells its echoes or time points apart.
+    passed over, unless they are packed or cannot be read. A series becomes one volume, or several where one tag, or a
+    few together, tell its echoes or time points apart.
 
     Args:
         files: of one folder, or of a session's folders.
@@ -91,14 +95,19 @@ def sort_into_volumes(files: Iterable[Path], *, tick: Callable[[], None] = lambd
     headers: list[DicomHeader] = []
     left_out: list[LeftOut] = []
     lost: dict[Path, str] = {}  # DICOM or not, what could not be read
+    unreadable: dict[Path, str] = {}  # of these, what is no file that anybody could read
     for file in files:
         try:
             if is_dicom(file):
                 headers.append(read_header(file))
             else:
-                lost[file] = f"{file.name} is no DICOM file, or truncated; copy the series again."
+                with file.open("rb"):
+                    lost[file] = f"{file.name} is no DICOM file, or truncated; copy the series again."
         except VolumeError as error:
             lost[file] = str(error)
+        except OSError as error:
+            unreadable[file] = f"cannot be read ({error.strerror}); copy the series again."
+            lost[file] = f"{file.name} {unreadable[file]}"
         tick()
     left_out += _no_images(headers)
     series: dict[SeriesKey, list[DicomHeader]] = defaultdict(list)
@@ -118,9 +127,17 @@ def sort_into_volumes(files: Iterable[Path], *, tick: Callable[[], None] = lambd
         volumes += found.volumes
         left_out += found.left_out
     explained = {file for entry in left_out for file in entry.files}
+    alike: dict[tuple[Path, str], list[Path]] = defaultdict(list)
     for file, reason in lost.items():
-        if file not in explained and (is_dicom(file) or file.suffix.lower() in _DICOM_SUFFIXES):
+        if file in explained:
+            continue
+        if file in unreadable:
+            alike[file.parent, unreadable[file]].append(file)
+        elif file.suffix.lower() in _PACKED_SUFFIXES:
+            alike[file.parent, "is packed; unpack it, and import what comes of it."].append(file)
+        elif is_dicom(file) or file.suffix.lower() in _DICOM_SUFFIXES:
             left_out.append(LeftOut((file,), reason))
+    left_out += [LeftOut(tuple(found), reason) for (_, reason), found in alike.items()]
     return DicomContents(tuple(volumes), tuple(left_out))
 
 
@@ -209,12 +226,17 @@ def _volumes(slices: Sequence[DicomHeader]) -> DicomContents:
     slices, copies = _without_copies(slices)
     if copies:
         left_out.append(LeftOut(tuple(copies), "holds further copies of the same slices."))
-    others = [header for header in slices if not header.is_localizer]
-    if others and len(others) < len(slices):
-        dropped = tuple(header.file for header in slices if header.is_localizer)
-        left_out.append(LeftOut(dropped, "holds a localizer in the same series."))
-        slices = others
+    for what, is_aside in (("a localizer", lambda header: header.is_localizer), ("a colour image", _is_colour)):
+        others = [header for header in slices if not is_aside(header)]
+        if others and len(others) < len(slices):
+            dropped = tuple(header.file for header in slices if is_aside(header))
+            left_out.append(LeftOut(dropped, f"holds {what} in the same series."))
+            slices = others
     return DicomContents(tuple(_stacks(slices)), tuple(left_out))
+
+
+def _is_colour(header: DicomHeader) -> bool:
+    return header.samples != 1 or not header.photometric.startswith("MONOCHROME")
 
 
 def _without_copies(slices: Sequence[DicomHeader]) -> tuple[list[DicomHeader], list[Path]]:
@@ -254,15 +276,18 @@ def _stacks(slices: Sequence[DicomHeader]) -> list[DicomVolume]:
     orientation = _common_orientation(slices)
     normal = np.cross(orientation[0], orientation[1])
     heights = np.array([header.position for header in slices]) @ normal
-    if len(slices) > 1 and np.diff(np.sort(heights)).min() < 1e-3:
-        return _split(slices, orientation)
+    positions = 1 + int((np.diff(np.sort(heights)) >= 1e-3).sum())
+    if positions < len(slices):
+        return _split(slices, orientation, len(slices) // positions)
     return [_stack(slices, orientation)]
 
 
 def _check_images(slices: Sequence[DicomHeader]) -> None:
     if any(header.frames > 1 for header in slices):
         raise VolumeError("holds a multi-frame DICOM file; convert it to NIfTI, or to one file a slice.")
-    if any(header.samples != 1 or not header.photometric.startswith("MONOCHROME") for header in slices):
+    if any(header.is_mosaic for header in slices):
+        raise VolumeError("holds mosaics, which show all slices of a volume in one image; convert them with dcm2niix.")
+    if any(map(_is_colour, slices)):
         raise VolumeError("holds colour images; give a series of one value a pixel.")
     for name, what in (("rows", "numbers of rows"), ("columns", "numbers of columns")):
         found = {getattr(header, name) for header in slices}
@@ -297,15 +322,24 @@ def _common_orientation(slices: Sequence[DicomHeader]) -> npt.NDArray[np.float64
     return cast("npt.NDArray[np.float64]", directions / lengths[:, None])
 
 
-def _split(slices: Sequence[DicomHeader], orientation: npt.NDArray[np.float64]) -> list[DicomVolume]:
-    """Split a series in which several slices share each position, where a tag tells its volumes apart."""
-    found: dict[frozenset[frozenset[Path]], list[DicomVolume]] = {}
-    varying = [i for i in range(len(SPLITTERS)) if len({header.splitters[i] for header in slices}) > 1]
+def _split(slices: Sequence[DicomHeader], orientation: npt.NDArray[np.float64], count: int) -> list[DicomVolume]:
+    """Split a series in which several slices share each position, by the fewest tags that tell its volumes apart.
+
+    Args:
+        slices: of the series.
+        orientation: their row and column direction.
+        count: how many volumes there are at least, and so how many values of a tag at most.
+    """
     words = list(SPLITTERS.values())
-    for i in varying:
-        _try_split(slices, orientation, [i], words[i], found)
-    if not found and len(varying) > 1:
-        _try_split(slices, orientation, varying, "volume", found)
+    values = [len({header.splitters[i] for header in slices}) for i in range(len(words))]
+    varying = [i for i, number in enumerate(values) if 1 < number <= count]
+    found: dict[frozenset[frozenset[Path]], list[DicomVolume]] = {}
+    for number in range(1, _MAX_SPLITTERS + 1):
+        for columns in itertools.combinations(varying, number):
+            word = words[columns[0]] if number == 1 else "volume"
+            _try_split(slices, orientation, columns, word, found)
+        if found:
+            break
     if len(found) == 1:
         return next(iter(found.values()))
     raise VolumeError(

@@ -144,6 +144,11 @@ def _source(file: InputFile, header: _Header) -> Source:
             f"has {len(sizes)} axes of sizes {tuple(sizes)}, {len(axes.spatial)} of them in space; "
             "give one 3-D volume a file, of one value a voxel."
         )
+    if segments is not None and layers and sizes[layers[0]] > len(segments):
+        raise file.error(
+            f"has {sizes[layers[0]]} layers for {len(segments)} segments; save the segmentation again, and its header "
+            "with it."
+        )
     shape = checked_shape(file.shown, [sizes[axis] for axis in axes.spatial])
     affine = checked_affine(file.shown, _affine(file, fields, axes))
     dtype = _voxel_type(file, fields)
