@@ -503,10 +503,11 @@ def test_a_proposal_is_taken_box_by_box_or_left(
 def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(
     server: str, user: BrowserContext, tmp_path: Path
 ) -> None:
-    one, other = Annotator(user.new_page(), server), Annotator(user.new_page(), server)
+    one = Annotator(user.new_page(), server)
     one.open("plain")
     one.press("Next scan")
     one.wait_for("oblique")
+    other = Annotator(user.new_page(), server)  # in front from now on: a browser draws nothing in a tab behind it
     other.open("oblique")
     for tab, row in ((one, 5), (other, 20)):
         tab.page.bring_to_front()
