@@ -301,6 +301,30 @@ def test_run_lengths_that_cannot_expand_so_far_are_refused(tmp_path: Path) -> No
         open_dicom(InputFile(folder, ReadLimits(max_voxels=1 << 40))).voxels()
 
 
+def test_run_lengths_that_expand_to_more_than_the_header_promises_are_not_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = b"\x81\0" * (1 << 12)
+    content = struct.pack("<16L", 2, 64, 64 + len(segment), *[0] * 13) + 2 * segment
+
+    def change(_: int, item: Dataset) -> None:
+        item.file_meta.TransferSyntaxUID = RLELossless
+        item.PixelData = encapsulate([content])
+        item["PixelData"].is_undefined_length = True
+
+    folder = series(tmp_path / "s", change=change)
+    monkeypatch.setattr(FileDataset, "pixel_array", None)
+    with pytest.raises(VolumeError, match=r"00001\.dcm holds 16448 compressed bytes for 60"):
+        read_scan(folder)
+
+
+@pytest.mark.parametrize("pixels", [b"", None])
+def test_images_without_pixels_are_named(tmp_path: Path, pixels: bytes | None) -> None:
+    folder = series(tmp_path / "s", change=lambda _, item: setattr(item, "PixelData", pixels))
+    with pytest.raises(VolumeError, match=r"00001\.dcm holds no pixels"):
+        read_scan(folder)
+
+
 @pytest.mark.parametrize(("kind", "syntax"), [("JPEG", JPEGBaseline8Bit), ("JPEG2000", JPEG2000Lossless)])
 @pytest.mark.parametrize("size", [(7, 5), (20000, 20000)])
 def test_compressed_pixels_of_another_size_are_not_expanded(
