@@ -594,6 +594,10 @@ def twice(folder: Path, first: dict[str, object], second: dict[str, object]) -> 
             ["type 1", "type 2"],
         ),
         ({"AcquisitionTime": "095959.5"}, {"AcquisitionTime": "100000"}, ["time 1", "time 2"]),
+        ({"FrameReferenceTime": "500"}, {"FrameReferenceTime": "90000"}, ["time 1", "time 2"]),
+        ({"InversionTime": "100"}, {"InversionTime": "2500"}, ["inversion 1", "inversion 2"]),
+        ({"RepetitionTime": "500"}, {"RepetitionTime": "2500"}, ["repetition time 1", "repetition time 2"]),
+        ({"FlipAngle": "3"}, {"FlipAngle": "15"}, ["flip angle 1", "flip angle 2"]),
     ],
 )
 def test_echoes_and_time_points_are_told_apart_by_one_tag(
@@ -609,16 +613,21 @@ def test_echoes_and_time_points_are_told_apart_by_one_tag(
 
 
 @pytest.mark.parametrize(
-    ("tag", "kind", "first", "second"),
-    [(0x0019100C, "IS", 0, 800), (0x00431039, "IS", [0, 8], [800, 8]), (0x20011003, "FL", 0.0, 800.0)],
+    ("tag", "kind", "first", "second", "word"),
+    [
+        (0x0019100C, "IS", 0, 800, "b-value"),
+        (0x00431039, "IS", [0, 8], [800, 8], "b-value"),
+        (0x20011003, "FL", 0.0, 800.0, "b-value"),
+        (0x0043102F, "SS", 0, 1, "type"),
+    ],
 )
-def test_vendors_own_b_values_tell_volumes_apart(
-    tmp_path: Path, tag: int, kind: str, first: object, second: object
+def test_vendors_own_tags_tell_volumes_apart(
+    tmp_path: Path, tag: int, kind: str, first: object, second: object, word: str
 ) -> None:
     folder = twice(tmp_path / "s", {}, {})
     edit(folder, lambda index, item: item.add_new(tag, kind, first if index < SHAPE[2] else second))
     volumes = sort_into_volumes(sorted(folder.iterdir())).volumes
-    assert [volume.part for volume in volumes] == ["b-value 1", "b-value 2"]
+    assert [volume.part for volume in volumes] == [f"{word} 1", f"{word} 2"]
 
 
 def test_tags_that_tell_volumes_apart_together_need_not_be_all_that_vary(tmp_path: Path) -> None:
