@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydicom.dataset import FileDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
 from segqc.types import LabelArray
 from segqc.volumes import Volume, VolumeError
@@ -107,10 +111,43 @@ def test_what_holds_no_labels_of_the_scan_is_refused_in_a_sentence(tmp_path: Pat
         (segmentation(labels, tilted(grid), images, NAMES), "resample"),
         (doubled, "two frames of one segment at the same place"),
         (nowhere, "does not say where it lies"),
-        (cut, "damaged"),
+        (cut, "truncated"),
     ):  # fmt: skip
         with pytest.raises(VolumeError, match=f"the SEG: .*{said}"):
             read(item, grid, tmp_path)
+
+
+def _run_lengths(size: int) -> bytes:
+    """A frame of one segment whose runs expand to so many bytes."""
+    return np.array([1, 64, *[0] * 14], "<u4").tobytes() + b"\x81\0" * (size // 128)
+
+
+def _picture(kind: str) -> bytes:
+    written = io.BytesIO()
+    Image.new("L", (3000, 2000)).save(written, kind)
+    return written.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("syntax", "image"),
+    [
+        (RLELossless, _run_lengths(1 << 20)),
+        (JPEG2000Lossless, _picture("JPEG2000")),
+        (JPEGBaseline8Bit, _picture("JPEG")),
+    ],
+)
+@pytest.mark.parametrize("more", [0, 50])
+def test_frames_that_expand_to_more_than_the_header_promises_are_not_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syntax: str, image: bytes, more: int
+) -> None:
+    grid = scan()
+    item = segmentation(drawn(), grid, series(grid, "p"), NAMES, kind="LABELMAP")
+    item.file_meta.TransferSyntaxUID = syntax
+    item.PixelData = encapsulate([image] * (int(item.NumberOfFrames) + more))
+    item["PixelData"].is_undefined_length = True
+    monkeypatch.setattr(FileDataset, "pixel_array", None)
+    with pytest.raises(VolumeError, match="compressed frames for" if more else "holds .*compressed"):
+        read(item, grid, tmp_path)
 
 
 def test_a_voxel_of_two_segments_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,8 @@ BAD_FILES: dict[str, Callable[[Path, Path], object]] = {
     "cut.nii.gz": lambda path, work: path.write_bytes(another_scan(work / "x.nii.gz", 1)[:-2000]),
     "c.seg.nrrd": lambda path, work: path.write_bytes(b"NRRD0004\n"),
     "V.MHA": lambda path, work: path.touch(),
+    "scan_0.nii.bz2": lambda path, work: path.touch(),
+    "pair.img.gz": lambda path, work: path.touch(),
     "labels/final/scan_0.nii.gz": lambda path, work: path.write_bytes(label_bytes(work, shape=(32, 28, 9))),
     "labels/final/scan_1.nii.gz": lambda path, work: path.write_bytes(b"no label"),
     "labels/final/nobody.nii.gz": lambda path, work: path.write_bytes(label_bytes(work)),
@@ -158,6 +161,25 @@ def test_a_file_in_the_place_of_a_labels_folder_is_told_and_takes_no_label_away(
     assert found.sentence.startswith(f"{name}: is a file")
     (folder / name).unlink()
     (tmp_path / "elsewhere").rename(folder / name)
+    assert states(dataset)["scan_0"] == "submitted"
+    assert dataset.findings() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("Labels", "labels"), ("LABELS", "labels"), ("labels/Final", "labels/final")]
+)
+def test_a_folder_of_labels_whose_name_has_another_case_is_told(
+    dataset: Dataset, folder: Path, tmp_path: Path, name: str, wanted: str
+) -> None:
+    final(folder, "scan_0").parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).mkdir()
+    (folder / name / "scan_0.nii.gz").write_bytes(label_bytes(tmp_path))
+    assert states(dataset)["scan_0"] == "unlabelled"
+    (found,) = dataset.findings()
+    assert found.file == name
+    assert found.sentence.startswith(f"{name}: is not the folder {wanted}/")
+    shutil.move(folder / name / "scan_0.nii.gz", folder / "labels" / "final")
+    (folder / name).rmdir()
     assert states(dataset)["scan_0"] == "submitted"
     assert dataset.findings() == []
 

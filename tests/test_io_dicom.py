@@ -106,6 +106,22 @@ def test_a_session_gives_its_volumes_and_names_the_rest(session: Path, tmp_path:
     assert str(session) not in "".join(lines)
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_a_copy_of_a_slice_in_another_folder_gives_its_series_no_other_name(
+    session: Path, tmp_path: Path, link: bool
+) -> None:
+    slice_ = sorted(series(session / "T2", "1.2").iterdir())[1]
+    key = session / "key images" / "1"
+    key.parent.mkdir()
+    if link:
+        key.symlink_to(slice_)
+    else:
+        shutil.copy(slice_, key)
+    code, output = run(session, tmp_path / "out")
+    assert (code, scans(tmp_path / "out")) == (0, ["T2"])
+    assert "  key images/1: holds further copies of the same slices." in output
+
+
 def test_where_nothing_is_a_volume_nothing_is_written(session: Path, tmp_path: Path) -> None:
     series(session / "99-SR", "1.99", stack()[:, :, :1], report)
     code, output = run(session, tmp_path / "out")

@@ -301,6 +301,30 @@ def test_run_lengths_that_cannot_expand_so_far_are_refused(tmp_path: Path) -> No
         open_dicom(InputFile(folder, ReadLimits(max_voxels=1 << 40))).voxels()
 
 
+def test_run_lengths_that_expand_to_more_than_the_header_promises_are_not_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = b"\x81\0" * (1 << 12)
+    content = struct.pack("<16L", 2, 64, 64 + len(segment), *[0] * 13) + 2 * segment
+
+    def change(_: int, item: Dataset) -> None:
+        item.file_meta.TransferSyntaxUID = RLELossless
+        item.PixelData = encapsulate([content])
+        item["PixelData"].is_undefined_length = True
+
+    folder = series(tmp_path / "s", change=change)
+    monkeypatch.setattr(FileDataset, "pixel_array", None)
+    with pytest.raises(VolumeError, match=r"00001\.dcm holds 16448 compressed bytes for 60"):
+        read_scan(folder)
+
+
+@pytest.mark.parametrize("pixels", [b"", None])
+def test_images_without_pixels_are_named(tmp_path: Path, pixels: bytes | None) -> None:
+    folder = series(tmp_path / "s", change=lambda _, item: setattr(item, "PixelData", pixels))
+    with pytest.raises(VolumeError, match=r"00001\.dcm holds no pixels"):
+        read_scan(folder)
+
+
 @pytest.mark.parametrize(("kind", "syntax"), [("JPEG", JPEGBaseline8Bit), ("JPEG2000", JPEG2000Lossless)])
 @pytest.mark.parametrize("size", [(7, 5), (20000, 20000)])
 def test_compressed_pixels_of_another_size_are_not_expanded(
@@ -570,6 +594,10 @@ def twice(folder: Path, first: dict[str, object], second: dict[str, object]) -> 
             ["type 1", "type 2"],
         ),
         ({"AcquisitionTime": "095959.5"}, {"AcquisitionTime": "100000"}, ["time 1", "time 2"]),
+        ({"FrameReferenceTime": "500"}, {"FrameReferenceTime": "90000"}, ["time 1", "time 2"]),
+        ({"InversionTime": "100"}, {"InversionTime": "2500"}, ["inversion 1", "inversion 2"]),
+        ({"RepetitionTime": "500"}, {"RepetitionTime": "2500"}, ["repetition time 1", "repetition time 2"]),
+        ({"FlipAngle": "3"}, {"FlipAngle": "15"}, ["flip angle 1", "flip angle 2"]),
     ],
 )
 def test_echoes_and_time_points_are_told_apart_by_one_tag(
@@ -585,16 +613,21 @@ def test_echoes_and_time_points_are_told_apart_by_one_tag(
 
 
 @pytest.mark.parametrize(
-    ("tag", "kind", "first", "second"),
-    [(0x0019100C, "IS", 0, 800), (0x00431039, "IS", [0, 8], [800, 8]), (0x20011003, "FL", 0.0, 800.0)],
+    ("tag", "kind", "first", "second", "word"),
+    [
+        (0x0019100C, "IS", 0, 800, "b-value"),
+        (0x00431039, "IS", [0, 8], [800, 8], "b-value"),
+        (0x20011003, "FL", 0.0, 800.0, "b-value"),
+        (0x0043102F, "SS", 0, 1, "type"),
+    ],
 )
-def test_vendors_own_b_values_tell_volumes_apart(
-    tmp_path: Path, tag: int, kind: str, first: object, second: object
+def test_vendors_own_tags_tell_volumes_apart(
+    tmp_path: Path, tag: int, kind: str, first: object, second: object, word: str
 ) -> None:
     folder = twice(tmp_path / "s", {}, {})
     edit(folder, lambda index, item: item.add_new(tag, kind, first if index < SHAPE[2] else second))
     volumes = sort_into_volumes(sorted(folder.iterdir())).volumes
-    assert [volume.part for volume in volumes] == ["b-value 1", "b-value 2"]
+    assert [volume.part for volume in volumes] == [f"{word} 1", f"{word} 2"]
 
 
 def test_tags_that_tell_volumes_apart_together_need_not_be_all_that_vary(tmp_path: Path) -> None:

@@ -223,3 +223,10 @@ def test_file_named_as_compressed_need_not_be(tmp_path):
     path = save(tmp_path / "scan.nii", np.eye(4), 1, np.eye(4), 1)
     plain = path.rename(tmp_path / "scan.NII.GZ")
     np.testing.assert_array_equal(read_scan(plain).array.ravel(), np.arange(np.prod(SHAPE)))
+
+
+@pytest.mark.parametrize("sizes", [(0,), (1, 0), (0, 0, -1), (1, 1, 1, 1)])
+def test_further_axes_of_no_size_are_none(tmp_path, sizes):
+    dim = [3 + len(sizes), *SHAPE, *sizes, *[1] * (4 - len(sizes))]
+    path = save(tmp_path / "scan.nii", np.eye(4), 1, np.eye(4), 1, dim=dim)
+    assert read_scan(path).shape == SHAPE == sitk.ReadImage(str(path)).GetSize()[:3]

@@ -138,7 +138,9 @@ def test_skip_beyond_the_end_is_refused_at_once(tmp_path, skip, count, encoding)
         ("encoding: raw", "nonsense", "the line"),
         ("encoding: raw", 'encoding: raw\nspace units: "m" "m" "m"', "save it in mm"),
         ("encoding: raw", "encoding: raw\ndata file: LIST", "another file"),
-        ("encoding: raw", "", "encoding"),
+        ("encoding: raw", "", "lacks the field 'encoding'"),
+        ("type: uint8", "type: short", "lacks the field 'endian'"),
+        ("type: uint8", "type: short\nendian: middle", r"contradicts itself \(endian middle"),
         ("NRRD0004", "NRRD", "no readable NRRD"),
     ],
 )
@@ -153,11 +155,27 @@ def test_key_value_pairs_of_a_header_are_read_as_text(tmp_path):
     assert read_nrrd_header(path)["PatientID"] == "Ä 7: a"
 
 
+@pytest.mark.parametrize("name", ["left\\right", "two\nlines", "C:\\new", "\\\\n"])
+def test_names_of_segments_are_read_as_they_were_given(tmp_path, name):
+    escaped = name.replace("\\", r"\\").replace("\n", r"\n")
+    segment = f"Segment0_Name:={escaped}\nSegment0_LabelValue:=1\nSegment0_Layer:=0\n"
+    payload = (LABELS == 1).astype(np.uint8).tobytes(order="F")
+    path = write(tmp_path / "a.seg.nrrd", HEAD + SPACE + "encoding: raw\n" + segment, payload)
+    np.testing.assert_array_equal(read_labels(path, names={name: 7}).array, 7 * (LABELS == 1))
+
+
 MHA = (
     "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\n"
     "TransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 3 4 5\nElementSpacing = 1 1 2\nDimSize = 6 5 4\n"
     "ElementType = MET_UCHAR\nElementDataFile = LOCAL"
 )
+
+
+@pytest.mark.parametrize("local", ["LOCAL", "Local", "local"])
+def test_metaimage_holds_its_voxels_itself_however_that_is_spelled(tmp_path, local):
+    path = write(tmp_path / "labels.mha", MHA.replace("LOCAL", local))
+    found = read_labels(path)
+    assert_read_as_by_itk(path, found.array, found.affine)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +193,7 @@ MHA = (
         ("MET_UCHAR", "MET_OTHER", "type"),
         ("CompressedData = False", "CompressedData = True", "truncated or damaged"),
         ("ElementDataFile = LOCAL", "", "no readable MetaImage"),
+        ("ElementSpacing = 1 1 2\n", "", "lacks the field 'ElementSpacing'"),
     ],
 )
 def test_metaimage_that_makes_no_sense_is_refused(tmp_path, old, new, finding):

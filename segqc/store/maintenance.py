@@ -257,7 +257,7 @@ def _scan_findings(store: Store) -> Iterator[Finding]:
         for file in pacs.series(transaction):  # comes from elsewhere
             missing.pop(file, None)
             files.discard(file)
-        kept_aside = {finding.file: finding.sentence for finding in findings.listing(transaction)}
+        kept_aside = {finding.file: finding.sentence.rstrip(".") for finding in findings.listing(transaction)}
     for file in sorted(missing.keys() | files):
         path = store.dataset / file
         if file in kept_aside:
@@ -347,7 +347,7 @@ def _view_findings(store: Store, progress: Progress) -> Iterator[Finding]:
         ]
         untracked &= _files_without_row(store, views.values())
         names = set(map(nfc, transaction.scalars(select(Scan.name))))
-        kept_aside = {finding.file: finding.sentence for finding in findings.listing(transaction)}
+        kept_aside = {finding.file: finding.sentence.rstrip(".") for finding in findings.listing(transaction)}
     yield from found
     for path in sorted(untracked):
         if (file := str(path.relative_to(store.dataset))) in kept_aside:

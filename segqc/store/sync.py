@@ -48,7 +48,11 @@ _SAME_NAME: Final = (
 _NO_FOLDER: Final = "is a file, or a link that leads nowhere, where a folder of labels belongs; move it away"
 _UNPRINTABLE: Final = "has a name that is not UTF-8 or holds control characters; rename the file"
 # Formats of images that are commonly put beside scans and would silently be left out. Settings and side-cars are not.
-_OTHER_FORMATS: Final = (".mha", ".mhd", ".dcm", ".ima", ".mgz", ".img", ".nhdr", ".mnc")
+_OTHER_FORMATS: Final = (
+    ".mha", ".mhd", ".dcm", ".ima", ".mgz", ".mgh", ".img", ".img.gz", ".nhdr", ".mnc", ".gipl",
+    ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".nrrd.gz",
+)  # fmt: skip
+_OTHER_CASE: Final = "is not the folder {wanted}/, which is spelled exactly so; rename it, or move its files there"
 
 _NOT_LOOKED_INTO: Final = (
     "is a folder with images, and scans are files beside it; move files up, and import DICOM (segqc import dicom)"
@@ -346,6 +350,8 @@ def _sync_scans(
             misplaced[name] = Finding(name, "scan", f"{name}: {why}", "")
     for name in _folders_of_images(store.dataset, {nfc(scan_id(name)) for name in present}):
         misplaced[name] = Finding(name, "other", f"{name}: {_NOT_LOOKED_INTO}", "")
+    for name in _in_other_case(store.dataset, "labels"):
+        misplaced[name] = Finding(name, "other", f"{name}: {_OTHER_CASE.format(wanted='labels')}", "")
     gone: list[str] = []
     known: dict[str, Known] = {}
     if unsettled or settled < len(marks):
@@ -430,6 +436,14 @@ def _folders_of_images(dataset: Path, names: Collection[str]) -> list[str]:
                 if any(_is_image(file, names) for file in itertools.islice(files, _FIRST_FILES)):
                     images.append(folder.name)
     return images
+
+
+def _in_other_case(folder: Path, name: str) -> list[str]:
+    """The folders that have a name but for its case, where that makes them others."""
+    wanted = folder / name
+    with os.scandir(folder) as found:
+        alike = [entry for entry in found if entry.name != name and caseless(entry.name) == name and entry.is_dir()]
+    return [entry.name for entry in alike if not (wanted.exists() and os.path.samefile(entry, wanted))]
 
 
 def _is_image(entry: os.DirEntry[str], names: Collection[str]) -> bool:
@@ -841,9 +855,13 @@ def _tag_folders(store: Store) -> list[Path]:
 
 
 def _without_tag(store: Store) -> dict[str, Finding]:
-    """Label files that lie beside the tags' folders, and not in one, and files that are where a folder belongs."""
+    """Label files that lie beside the tags' folders, and not in one, and what is where a folder of them belongs."""
     found = {}
     if store.files.views.is_dir():
+        for name in _in_other_case(store.files.views, labels.FINAL):
+            file = f"labels/{name}"
+            wanted = f"labels/{labels.FINAL}"
+            found[file] = Finding(file, "label", f"{file}: {_OTHER_CASE.format(wanted=wanted)}", "")
         for entry, _ in _files(store.files.views, {}):
             file = f"labels/{printable(entry.name)}"
             if entry.name == labels.FINAL:

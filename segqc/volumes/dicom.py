@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 from pathlib import Path
 from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.encaps import defragment_data
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
 
 from segqc.volumes.dicom_headers import first_line, read_dataset, read_header
 from segqc.volumes.dicom_images import ImagePlanes, describe_kind, quantise
+from segqc.volumes.dicom_pixels import pixels_finding
 from segqc.volumes.dicom_series import DicomVolume, sort_into_volumes, visible_files
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.volume import Array, Source, Volume, VolumeError
@@ -24,7 +22,6 @@ from segqc.volumes.volume import Array, Source, Volume, VolumeError
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED: Final = 5
-_MAX_RLE_RATIO: Final = 64  # two bytes stand for 128 of the same at most
 _MAX_OTHER_BYTES: Final = 1 << 28  # of a file, beside its pixels
 
 
@@ -139,35 +136,8 @@ def _slice_pixels(file: Path, rows: int, columns: int) -> npt.NDArray[np.float32
 
 def _check_pixel_bytes(item: FileDataset, file: Path) -> None:
     """Refuse a header that promises other pixels than the file can hold, before there is memory taken for them."""
-    if "PixelData" not in item:
-        raise VolumeError(f"{file.name} holds no pixels; copy the series again.")
-    promised = int(item.Rows) * int(item.Columns) * int(item.BitsAllocated) // 8
-    there = len(item.PixelData)
-    syntax = item.file_meta.TransferSyntaxUID
-    if not syntax.is_compressed:
-        if there < promised:
-            raise VolumeError(
-                f"{file.name} is truncated, {there} of {promised} bytes of pixels are there; copy it again."
-            )
-        if there >= 2 * promised + 2:
-            raise VolumeError(f"{file.name} holds {there} bytes of pixels for {promised}; export the series again.")
-    elif syntax == RLELossless and promised > _MAX_RLE_RATIO * there:
-        raise VolumeError(
-            f"{file.name} is truncated or damaged, its pixels cannot expand to {promised} bytes; copy it again."
-        )
-    elif syntax != RLELossless and not _are_of_size(item.PixelData, (int(item.Columns), int(item.Rows))):
-        raise VolumeError(f"{file.name} holds compressed pixels of another size than its header says; export it again.")
-
-
-def _are_of_size(pixels: bytes, size: tuple[int, int]) -> bool:
-    """Tell by the head of a JPEG or JPEG 2000 image whether it expands to so many columns and rows."""
-    try:
-        with Image.open(io.BytesIO(defragment_data(pixels))) as image:
-            return image.size == size
-    except UnidentifiedImageError:
-        return True  # of a kind that is not decoded here
-    except Image.DecompressionBombError:
-        return False
+    if finding := pixels_finding(item):
+        raise VolumeError(f"{file.name} {finding}")
 
 
 def _stored_values(item: FileDataset) -> Array:

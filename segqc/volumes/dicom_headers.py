@@ -51,7 +51,12 @@ SPLITTERS: Final[Mapping[str | int, str]] = {
     "DiffusionGradientOrientation": "direction",
     "NominalPercentageOfCardiacPhase": "phase",
     "ImageType": "type",
+    0x0043102F: "type",  # GE: magnitude, phase, real or imaginary part
     "AcquisitionTime": "time",
+    "FrameReferenceTime": "time",
+    "InversionTime": "inversion",
+    "RepetitionTime": "repetition time",
+    "FlipAngle": "flip angle",
 }
 
 

@@ -14,10 +14,11 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileDataset
 
 from segqc.text import caseless
 from segqc.volumes.dicom_headers import first_line, read_dataset
+from segqc.volumes.dicom_pixels import pixels_finding
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.volume import LPS_TO_RAS, AffineArray, Array, Grid, Segment, Source, VolumeError, spacing_of
 
@@ -132,13 +133,15 @@ def open_segmentation(file: InputFile, scan: Grid) -> Source:
         raise file.error(f"is a damaged segmentation ({first_line(error)}); store it again.") from error
 
 
-def _open(file: InputFile, item: Dataset, scan: Grid) -> Source:
+def _open(file: InputFile, item: FileDataset, scan: Grid) -> Source:
     if item.get("SOPClassUID") not in (SEGMENTATION, LABEL_MAP_SEGMENTATION):
         raise file.error("is no DICOM segmentation.")
     kind = str(item.get("SegmentationType") or "")
     is_map = item.SOPClassUID == LABEL_MAP_SEGMENTATION or kind == "LABELMAP"
     if not is_map and kind != "BINARY":
         raise file.error(f"is a segmentation of the type {kind or 'unknown'}; labels are BINARY or LABELMAP.")
+    if finding := pixels_finding(item):
+        raise file.error(finding)
     frames = _frames(file, item, is_map)
     along_row, down, spacing = _plane(file, item)
     slices, step = _slices(file, frames, np.cross(along_row, down), scan)
@@ -227,12 +230,19 @@ def _segments(item: Dataset, is_map: bool) -> tuple[tuple[Segment, ...], dict[in
 
 def _voxels(
     file: InputFile,
-    item: Dataset,
+    item: FileDataset,
     frames: list[_Frame],
     slices: npt.NDArray[np.int64],
     layer_of: dict[int, int],
     shape: tuple[int, int, int],
 ) -> Callable[[], Array]:
+    places = [
+        (0 if frame.segment is None else layer_of[frame.segment], number)
+        for frame, number in zip(frames, slices.tolist(), strict=True)
+    ]
+    if len(set(places)) < len(places):
+        raise file.error("has two frames of one segment at the same place; store it again.")
+
     def load() -> Array:
         try:
             pixels = item.pixel_array.reshape(len(frames), shape[1], shape[0])
@@ -240,12 +250,7 @@ def _voxels(
             raise file.error(f"is a damaged segmentation ({first_line(error)}); store it again.") from error
         padding = item.get("PixelPaddingValue")
         layers = np.zeros((max(layer_of.values(), default=0) + 1, *shape), np.uint16)
-        seen: set[tuple[int, int]] = set()
-        for frame, number, image in zip(frames, slices.tolist(), pixels, strict=True):
-            layer = 0 if frame.segment is None else layer_of[frame.segment]
-            if (layer, number) in seen:
-                raise file.error("has two frames of one segment at the same place; store it again.")
-            seen.add((layer, number))
+        for frame, (layer, number), image in zip(frames, places, pixels, strict=True):
             if frame.segment is None:
                 values = np.where(image == padding, 0, image) if padding is not None else image
             else:

@@ -6,7 +6,7 @@ import bisect
 import filecmp
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,9 +245,11 @@ def _is_colour(header: DicomHeader) -> bool:
 
 
 def _without_copies(slices: Sequence[DicomHeader]) -> tuple[list[DicomHeader], list[Path]]:
+    """Drop copies of the same slices, and rather those that lie apart from most of the series."""
     kept: dict[str, DicomHeader] = {}
     copies: list[Path] = []
-    for header in slices:
+    beside = Counter(header.file.parent for header in slices)
+    for header in sorted(slices, key=lambda header: -beside[header.file.parent]):
         first = kept.setdefault(header.instance or str(header.file), header)
         if first is header:
             continue

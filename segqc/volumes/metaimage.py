@@ -31,7 +31,9 @@ def open_metaimage(file: InputFile) -> Source:
         return _source(file, fields, start)
     except VolumeError:
         raise
-    except (KeyError, ValueError, OverflowError) as error:
+    except KeyError as error:
+        raise file.error(f"lacks the field {error} in its MetaImage header; save the file again.") from error
+    except (ValueError, OverflowError) as error:
         raise file.error(
             f"its MetaImage header is incomplete or contradicts itself ({error}); save the file again."
         ) from error
@@ -50,7 +52,7 @@ def _read_header(file: InputFile) -> tuple[Mapping[str, str], int]:
             break
         fields[name.strip()] = value.strip()
         if name.strip() == "ElementDataFile":
-            if fields["ElementDataFile"] != "LOCAL":
+            if fields["ElementDataFile"].upper() != "LOCAL":
                 # A header that points elsewhere could make a reader open any file of the machine.
                 raise file.error("keeps its voxels in another file; save header and voxels in one .mha file.")
             return fields, start
@@ -96,9 +98,11 @@ def _numbers(
 ) -> AffineArray:
     """The numbers of the first of the fields that is there."""
     text = next((fields[name] for name in names if name in fields), None)
-    if text is None and default is not None:
+    if text is None:
+        if default is None:
+            raise KeyError(names[0])
         return default
     try:
-        return np.array((text or "").split(), dtype=np.float64)
+        return np.array(text.split(), dtype=np.float64)
     except ValueError as error:
-        raise file.error(f"has {names[0]} = {(text or '')[:40]}; repair the header.") from error
+        raise file.error(f"has {names[0]} = {text[:40]}; repair the header.") from error

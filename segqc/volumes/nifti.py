@@ -119,11 +119,16 @@ def _read_header(file: InputFile, compression: Compression) -> _Header:
     dimensions = int(fields["dim"][0])
     if not 1 <= dimensions <= 7:
         raise file.error(f"has {dimensions} dimensions by its header, which is damaged; copy the file again.")
-    shape = checked_shape(file.shown, [int(size) for size in fields["dim"][1 : dimensions + 1]])
+    sizes = [int(size) for size in fields["dim"][1 : dimensions + 1]]
+    # Some converters state further axes of size 0; niftilib, and so ITK, takes them for 1.
+    shape = checked_shape(file.shown, [*sizes[:3], *(max(size, 1) for size in sizes[3:])])
     file.check_size(shape)
     code = int(fields["datatype"])
     if code not in _DTYPES:
-        raise file.error(f"holds voxels of data type {code} (colour or complex); give one real number a voxel.")
+        raise file.error(
+            f"holds voxels of data type {code} (colour, complex, single bits or 128 bits); give one real number a "
+            "voxel, of 8 to 64 bits."
+        )
     offset = float(fields["vox_offset"])
     if not 0 <= offset <= MAX_HEADER_BYTES:
         raise file.error(

@@ -96,7 +96,9 @@ def open_nrrd(file: InputFile) -> Source:
         return _source(file, header)
     except VolumeError:
         raise
-    except (KeyError, ValueError, OverflowError) as error:
+    except KeyError as error:
+        raise file.error(f"lacks the field {error} in its NRRD header; repair the header.") from error
+    except (ValueError, OverflowError) as error:
         raise file.error(
             f"its NRRD header is incomplete or contradicts itself ({error}); repair the header."
         ) from error
@@ -121,12 +123,17 @@ def _read_header(file: InputFile) -> _Header:
             raise file.error(f"has the line {line[:40]!r} in its NRRD header; repair the header.")
         name, separator, value = found.groups()
         if separator == ":=":
-            pairs[name] = value.strip()
+            pairs[name] = _unescaped(value.strip())
         elif (key := "".join(name.lower().split())) in fields:
             raise file.error(f"has the field {name!r} twice in its NRRD header; repair the header.")
         else:
             fields[key] = value.strip()
     return _Header(fields, pairs, len(raw) if end is None else end.end())
+
+
+def _unescaped(value: str) -> str:
+    """A value as it was given: writers escape backslashes, and ends of lines as backslash and n."""
+    return re.sub(r"\\([\\n])", lambda found: "\n" if found[1] == "n" else "\\", value)
 
 
 def _source(file: InputFile, header: _Header) -> Source:
@@ -243,7 +250,10 @@ def _voxel_type(file: InputFile, fields: Mapping[str, str]) -> np.dtype[Any]:
     dtype = np.dtype(_TYPES[name])
     if dtype.itemsize == 1 or encoding in _TEXT_ENCODINGS:
         return dtype
-    return dtype.newbyteorder(_BYTE_ORDERS[fields["endian"].lower()])
+    order = fields["endian"].lower()
+    if order not in _BYTE_ORDERS:
+        raise ValueError(f"endian {order[:40]}")
+    return dtype.newbyteorder(_BYTE_ORDERS[order])
 
 
 def _read_voxels(file: InputFile, header: _Header, count: int, dtype: np.dtype[Any], skips: tuple[int, int]) -> Array:
