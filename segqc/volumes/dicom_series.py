@@ -226,13 +226,18 @@ def _volumes(slices: Sequence[DicomHeader]) -> DicomContents:
     slices, copies = _without_copies(slices)
     if copies:
         left_out.append(LeftOut(tuple(copies), "holds further copies of the same slices."))
-    for what, is_aside in (("a localizer", lambda header: header.is_localizer), ("a colour image", _is_colour)):
+    for what, is_aside in (("a localizer", lambda header: header.is_localizer), ("a colour image", _is_colour_page)):
         others = [header for header in slices if not is_aside(header)]
         if others and len(others) < len(slices):
             dropped = tuple(header.file for header in slices if is_aside(header))
             left_out.append(LeftOut(dropped, f"holds {what} in the same series."))
             slices = others
     return DicomContents(tuple(_stacks(slices)), tuple(left_out))
+
+
+def _is_colour_page(header: DicomHeader) -> bool:
+    """Whether an image is a page that some program has drawn, as a dose report, and no slice of a place."""
+    return _is_colour(header) and header.position is None
 
 
 def _is_colour(header: DicomHeader) -> bool:
