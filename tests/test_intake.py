@@ -115,8 +115,10 @@ BAD_FILES: dict[str, Callable[[Path, Path], object]] = {
     "cut.nii.gz": lambda path, work: path.write_bytes(another_scan(work / "x.nii.gz", 1)[:-2000]),
     "c.seg.nrrd": lambda path, work: path.write_bytes(b"NRRD0004\n"),
     "V.MHA": lambda path, work: path.touch(),
-    "scan_0.nii.bz2": lambda path, work: path.touch(),
     "pair.img.gz": lambda path, work: path.touch(),
+    "v.hdr": lambda path, work: path.touch(),
+    "v.nii.BZ2": lambda path, work: path.touch(),
+    "all.zip": lambda path, work: path.touch(),
     "labels/final/scan_0.nii.gz": lambda path, work: path.write_bytes(label_bytes(work, shape=(32, 28, 9))),
     "labels/final/scan_1.nii.gz": lambda path, work: path.write_bytes(b"no label"),
     "labels/final/nobody.nii.gz": lambda path, work: path.write_bytes(label_bytes(work)),
@@ -210,6 +212,21 @@ def test_a_folder_of_images_is_told_and_not_looked_into(
     assert (found.file, found.kind) == ("more", "other")
     assert found.sentence.startswith("more: is a folder with images")
     (folder / "more" / name).unlink()
+    dataset.refresh()
+    assert dataset.findings() == []
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "labels/final/batch 1", "labels/final/scan_0.nii.gz", "labels/Final"])
+def test_a_folder_where_files_are_wanted_is_told(dataset: Dataset, folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "scan_0.nii.gz").write_bytes(label_bytes(tmp_path))
+    assert len(states(dataset)) == 3
+    (found,) = dataset.findings()
+    assert found.file == name
+    assert "move" in found.sentence
+    dataset.refresh()
+    assert dataset.findings() == [found], "told once"
+    shutil.rmtree(folder / name)
     dataset.refresh()
     assert dataset.findings() == []
 

@@ -291,6 +291,24 @@ def test_intake_says_what_it_found_and_names_files_as_users_know_them(tmp_path):
     assert str(tmp_path) not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd"])
+def test_what_itk_does_not_read_is_told_of_a_scan_and_no_plain_label(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.nrrd":
+        write_labels(Volume(LABELS, AFFINE), path)
+        header = {**nrrd.read_header(str(path)), "encoding": "bzip2"}
+        nrrd.write(str(path), LABELS, header)
+    else:
+        nib.save(nib.Nifti2Image(LABELS, AFFINE), path)
+    with pytest.raises(RuntimeError):
+        sitk.ReadImage(str(path))
+    (warning,) = check_scan(path).warnings
+    assert "3D Slicer does not read" in warning
+    found = check_labels(path, SCAN, (1, 2, 3), NAMES)
+    np.testing.assert_array_equal(found.labels.array, LABELS)
+    assert not found.is_plain
+
+
 def test_content_of_a_folder_is_that_of_its_visible_files(tmp_path):
     for name, content in (("b", b"2"), ("a", b"1"), (".hidden", b"3")):
         (tmp_path / name).write_bytes(content)

@@ -261,7 +261,7 @@ def _scan_findings(store: Store) -> Iterator[Finding]:
     for file in sorted(missing.keys() | files):
         path = store.dataset / file
         if file in kept_aside:
-            yield Finding(kept_aside[file], _ASIDE, is_damage=False)
+            yield Finding(kept_aside[file].removesuffix("."), _ASIDE, is_damage=False)
         elif file not in missing:
             yield Finding(f"{path}: this scan is not in the store yet", _TAKE_IN, is_damage=False)
         elif not missing[file] and file not in files:
@@ -351,7 +351,7 @@ def _view_findings(store: Store, progress: Progress) -> Iterator[Finding]:
     yield from found
     for path in sorted(untracked):
         if (file := str(path.relative_to(store.dataset))) in kept_aside:
-            yield Finding(kept_aside[file], _ASIDE, is_damage=False)
+            yield Finding(kept_aside[file].removesuffix("."), _ASIDE, is_damage=False)
         elif label_suffix(path.name) is not None and nfc(label_id(path)) in names:
             yield Finding(f"{path}: this label is not in the store yet", _TAKE_IN, is_damage=False)
         else:

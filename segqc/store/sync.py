@@ -49,14 +49,16 @@ _NO_FOLDER: Final = "is a file, or a link that leads nowhere, where a folder of 
 _UNPRINTABLE: Final = "has a name that is not UTF-8 or holds control characters; rename the file"
 # Formats of images that are commonly put beside scans and would silently be left out. Settings and side-cars are not.
 _OTHER_FORMATS: Final = (
-    ".mha", ".mhd", ".dcm", ".ima", ".mgz", ".mgh", ".img", ".img.gz", ".nhdr", ".mnc", ".gipl",
-    ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".nrrd.gz",
+    ".mha", ".mhd", ".dcm", ".ima", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".nhdr", ".mnc", ".gipl",
+    ".mif", ".mif.gz",
 )  # fmt: skip
+_PACKED: Final = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".rar")
 _OTHER_CASE: Final = "is not the folder {wanted}/, which is spelled exactly so; rename it, or move its files there"
 
 _NOT_LOOKED_INTO: Final = (
     "is a folder with images, and scans are files beside it; move files up, and import DICOM (segqc import dicom)"
 )
+_IS_FOLDER: Final = "is a folder, which is not looked into; move the files that it holds up"
 _FIRST_FILES: Final = 100  # of a folder that may hold thousands, every few seconds
 _DICOM_MAGIC_END: Final = 132
 
@@ -417,7 +419,7 @@ def labelled_scans(store: Store) -> set[str]:
 def is_for_scans(folder: Path) -> bool:
     """Whether a folder holds scans, or what `sync` says of that it lies there instead of them."""
     names = os.listdir(folder)
-    if any(scan_suffix(name) is not None or _misplaced(name) is not None for name in names):
+    if any(scan_suffix(name) is not None or name.lower().endswith((".seg.nrrd", *_OTHER_FORMATS)) for name in names):
         return True
     return bool(_folders_of_images(folder, ()))
 
@@ -463,6 +465,8 @@ def _misplaced(name: str) -> Finding | None:
         sentence = f"{name}: is a segmentation, not a scan; move it to labels/final/ if it is the final label"
     elif name.lower().endswith(_OTHER_FORMATS):
         sentence = f"{name}: is of no format that scans are read from; convert it to {' or '.join(SCAN_SUFFIXES)}"
+    elif name.lower().endswith(_PACKED):
+        sentence = f"{name}: is packed, and not looked into; unpack it if it holds scans"
     else:
         return None
     return Finding(name, "other", sentence, "")
@@ -879,7 +883,7 @@ def _files(folder: Path, unreadable: dict[str, str]) -> Iterator[tuple[os.DirEnt
 
     Args:
         folder: the folder.
-        unreadable: gets the names of those whose status is not to be had, each with the reason.
+        unreadable: gets the names of folders, and of those whose status is not to be had, each with the reason.
     """
     with os.scandir(folder) as found:
         for entry in found:
@@ -895,6 +899,8 @@ def _files(folder: Path, unreadable: dict[str, str]) -> Iterator[tuple[os.DirEnt
             else:
                 if stat.S_ISREG(status.st_mode):
                     yield entry, status
+                elif stat.S_ISDIR(status.st_mode):
+                    unreadable[printable(entry.name)] = _IS_FOLDER
 
 
 def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:

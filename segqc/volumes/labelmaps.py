@@ -65,7 +65,7 @@ def _load(
 ) -> LabelMap:
     stored = source.voxels()
     labels = _whole_numbers(file, stored, source.step)
-    is_plain = stored.dtype.kind in "iu" and source.step == 0
+    is_plain = stored.dtype.kind in "iu" and source.step == 0 and source.is_for_itk
     if source.segments is not None:
         merged = _merge_segments(file, labels, source.segments, names or None)
         is_plain = is_plain and len(labels) == 1 and np.array_equal(merged, labels[0])

@@ -36,6 +36,7 @@ _DTYPES: Final = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
 }  # fmt: skip
 _SCANNER_CODE: Final = 1
+_NIFTI2_WARNING: Final = "is NIfTI-2, which 3D Slicer does not read; save it as NIfTI-1 to annotate it there."
 
 
 def open_nifti(file: InputFile, *, is_label: bool = False) -> Source:
@@ -69,6 +70,7 @@ def open_nifti(file: InputFile, *, is_label: bool = False) -> Source:
                 scaled += intercept
             return scaled
 
+    is_nifti1 = header.fields.dtype.itemsize == nifti1_dtype.itemsize
     is_scaled = dtype.kind in "iu" and (slope != 1 or intercept != 0)
     return Source(
         header.shape,
@@ -77,7 +79,8 @@ def open_nifti(file: InputFile, *, is_label: bool = False) -> Source:
         voxels,
         lambda: forms.alternatives(affine),
         step=abs(slope) if is_scaled else 0.0,
-        find_warnings=lambda: forms.warnings(affine, header.shape),
+        find_warnings=lambda: forms.warnings(affine, header.shape) + (() if is_nifti1 else (_NIFTI2_WARNING,)),
+        is_for_itk=is_nifti1,
     )
 
 

@@ -56,6 +56,7 @@ _TYPES: Final = {
 _ENCODINGS: Final[Mapping[str, Compression]] = {
     "raw": "none", "gzip": "deflate", "gz": "deflate", "bzip2": "bzip2", "bz2": "bzip2",
 }  # fmt: skip
+_BZIP2_WARNING: Final = "is compressed by bzip2, which 3D Slicer does not read; save it with gzip to annotate it there."
 _TEXT_ENCODINGS: Final = ("ascii", "text", "txt")
 _BYTE_ORDERS: Final[Mapping[str, Literal["<", ">"]]] = {"little": "<", "big": ">"}
 _MAX_AXES: Final = 16
@@ -168,7 +169,11 @@ def _source(file: InputFile, header: _Header) -> Source:
         # Sizes of one are dropped, and the layers come first.
         return array.transpose(*beside, *axes.spatial).reshape(-1, *shape)
 
-    return Source(shape, affine, None, voxels, segments=segments)
+    is_bzip2 = _ENCODINGS.get(fields["encoding"].lower()) == "bzip2"
+    warnings = (_BZIP2_WARNING,) if is_bzip2 else ()
+    return Source(
+        shape, affine, None, voxels, segments=segments, find_warnings=lambda: warnings, is_for_itk=not is_bzip2
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- geometry

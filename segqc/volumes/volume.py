@@ -106,6 +106,7 @@ class Source:
         step: the step that stored whole numbers stand for, where they are scaled.
         segments: those that the file names; None where it names none.
         find_warnings: sentences about what was decided where the file contradicts itself.
+        is_for_itk: whether ITK, and so 3D Slicer, reads such files.
     """
 
     shape: tuple[int, int, int]
@@ -116,6 +117,7 @@ class Source:
     step: float = 0.0
     segments: tuple[Segment, ...] | None = None
     find_warnings: Callable[[], tuple[str, ...]] = tuple
+    is_for_itk: bool = True
 
 
 class Grid(Protocol):
