@@ -47,14 +47,15 @@ DatasetFolder = Annotated[
 NewFolder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Dataset folder to make; new or empty.", show_default=False)
 ]
-
-
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="Settings file to use instead of FOLDER/segqc.toml."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
+ServeWorse = Annotated[
+    bool, typer.Option("--serve", help="Let the new networks serve even if their estimates are worse than today's.")
+]
 
 Cell: TypeAlias = str | int | float | bool | Mapping[str, float] | None
 Row: TypeAlias = Mapping[str, Cell]
@@ -351,6 +352,18 @@ def structure_flag(text: str) -> tuple[str, tuple[int, ...]]:
             f"wanted NAME=VALUE or NAME=VALUE,VALUE (1 to 255), got {text!r}", param_hint="--structure"
         )
     return name.strip(), tuple(int(part) for part in parts)
+
+
+def given(**flags: int | str | None) -> dict[str, int | str]:
+    """The flags that were given, by name."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def log_to_stderr(level: int, formatter: logging.Formatter) -> None:
+    """Let all loggers write to the error stream from a level on, in the place of how they did before."""
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(formatter)
+    logging.basicConfig(level=level, handlers=[terminal], force=True)
 
 
 def me() -> Actor:
