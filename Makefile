@@ -65,8 +65,10 @@ test-fast: install
 	$(BIN)/python -m pytest -q -m "not server and not slow" -o faulthandler_timeout=300 \
 		-o tmp_path_retention_policy=failed -n auto --maxprocesses 8 --dist loadfile
 
+# Several at a time, but for those in a browser, which draws too slowly beside other work.
 test-server: install
-	$(BIN)/python -m pytest -q -m "server and not slow"
+	$(BIN)/python -m pytest -q -m "server and not slow" --ignore tests/e2e -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -m "server and not slow" tests/e2e
 
 # The full counts, on SQLite and PostgreSQL: 200 kills, 10 of the whole server, a crowd for 120 s. About 20 minutes.
 test-faults: install
