@@ -21,7 +21,7 @@ from segqc.selection import segqc as worst_first
 from segqc.selection import sequential, strategies
 from segqc.split import SplitConfig, split_patients
 from segqc.store import assessments, bundles, corrections, events, jobs, labels, leases, orders, scans
-from segqc.store import sync as folder_module
+from segqc.store import sync_labels as label_pass
 from segqc.store.database import StoreError
 from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
@@ -446,8 +446,8 @@ def test_a_label_that_another_process_saves_meanwhile_is_not_taken_for_a_persons
             other.remove_label("scan_2", "original", BERT)
         return listed(place, unreadable)
 
-    listed = folder_module._files
-    monkeypatch.setattr(folder_module, "_files", files)
+    listed = label_pass.visible_files
+    monkeypatch.setattr(label_pass, "visible_files", files)
     (real / "original" / "x").touch()
     sync_scans(store)
     (real / "original" / "x").unlink()

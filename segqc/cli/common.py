@@ -91,7 +91,7 @@ def settings_of(folder: Path, *, may_begin: bool = False) -> Settings:
 def _refuse_other_folder(folder: Path, settings: Settings, *, may_begin: bool) -> None:
     """Refuse a folder that was probably named by mistake, before a store is made in it."""
     from segqc.settings import SETTINGS_FILE
-    from segqc.store.sync import is_for_scans
+    from segqc.store.misplaced import is_for_scans
 
     if holds_store(folder, settings) or settings.pacs.url is not None or (folder / SETTINGS_FILE).exists():
         return

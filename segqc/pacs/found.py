@@ -13,13 +13,12 @@ from segqc.pacs.client import FoundSeries, PacsClient
 from segqc.pacs.errors import PacsRefused
 from segqc.settings import Settings
 from segqc.store import findings, labels, pacs, scans
-from segqc.store.findings import Finding
+from segqc.store.findings import Finding, is_still, sentence_about
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.pacs import PACS
 from segqc.store.records import ScanRecord
 from segqc.store.sources import SourceUnavailable
 from segqc.store.store import LabelChange, Store
-from segqc.store.sync import is_still, sentence_about
 from segqc.types import label_names
 from segqc.volumes import VolumeError, read_grid, temporary_labels
 from segqc.volumes.dicom_seg import (

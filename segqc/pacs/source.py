@@ -22,13 +22,13 @@ from segqc.pacs.found import take_in_segmentations
 from segqc.settings import Settings
 from segqc.split import SplitConfig
 from segqc.store import findings, pacs, scans
-from segqc.store.findings import Finding
+from segqc.store.findings import Finding, sentence_about
 from segqc.store.pacs import PACS
 from segqc.store.records import ScanRecord, SeriesRecord
 from segqc.store.scans import Known, ScanReplaced, UnknownScan
 from segqc.store.sources import ScanChanges, SourceUnavailable
 from segqc.store.store import Store
-from segqc.store.sync import Looked, labelled_scans, note_scans, part_from_labels, regroup, sentence_about
+from segqc.store.sync import Looked, labelled_scans, note_scans, part_from_labels, regroup
 from segqc.text import nfc, printable
 from segqc.volumes import (
     DicomContents,

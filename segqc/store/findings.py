@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import delete, select
 
@@ -13,6 +14,7 @@ from segqc.store.database import Transaction
 from segqc.store.records import FindingKind, FindingRecord
 from segqc.store.schema import FindingRow
 from segqc.text import nfc
+from segqc.volumes import VolumeError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,19 @@ class Finding:
     scan: str | None = None
 
 
+def sentence_about(path: Path, file: str, error: Exception) -> str:
+    """What is wrong with a file, by the name that the user knows."""
+    if isinstance(error, MemoryError):
+        return f"{file}: needs more memory to be read than there is; make it smaller"
+    if isinstance(error, OSError):
+        return f"{file}: cannot be read ({error.strerror or error})"
+    if not isinstance(error, VolumeError):
+        logger.error("%s", file, exc_info=error)
+        return f"{file}: cannot be read ({type(error).__name__}: {error})"
+    messages = str(error).replace(str(path), file)
+    return messages if file in messages else f"{file}: {messages}"
+
+
 def listing(transaction: Transaction) -> list[FindingRecord]:
     """All files that were not taken in, in the order of their names."""
     rows = transaction.scalars(select(FindingRow).order_by(FindingRow.file))
@@ -48,6 +63,11 @@ def noted(transaction: Transaction, checks: str) -> dict[str, Finding]:
     """All that was found, by file; what was found by other checks than the present ones is left out."""
     rows = transaction.scalars(select(FindingRow).where(FindingRow.checks == checks))
     return {row.file: Finding(row.file, row.kind, row.sentence, row.signature, row.scan) for row in rows}
+
+
+def is_still(noted: Mapping[str, Finding], file: str, signature: str) -> bool:
+    """Whether the file is the one that was found to be unusable."""
+    return signature != "" and file in noted and noted[file].signature == signature
 
 
 def files(transaction: Transaction) -> set[str]:

@@ -8,59 +8,39 @@ taken in batch by batch: what is committed stays, whenever the process dies.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import shutil
-import stat
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeAlias
 
 from segqc.split import SplitConfig
 from segqc.store import findings, labels, leases, scans
 from segqc.store.database import StoreError, Transaction
 from segqc.store.events import FOLDER
-from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, signature_of
+from segqc.store.files import contents_of, raw_signature, sha256_of, signature_of
 from segqc.store.findings import Finding
-from segqc.store.labels import NewLabel
+from segqc.store.misplaced import UNPRINTABLE, beside_tags, folders_beside_scans, misplaced, visible_files
 from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.store.scans import FoundScan, Known
-from segqc.store.sources import ScanChanges, SourceUnavailable
-from segqc.store.store import OWN_FOLDER, LabelChange, Store
+from segqc.store.sources import ScanChanges
+from segqc.store.store import Store
+from segqc.store.sync_labels import sync_labels, tag_folders
 from segqc.text import caseless, nfc, printable
-from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, label_id, label_suffix, scan_id, scan_suffix
+from segqc.volumes import VolumeError, label_id, scan_id, scan_suffix
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _BATCH: Final = 500
 _BATCH_SECONDS: Final = 2.0  # of reading, at most, are lost when the process dies
-_LABEL_BATCH: Final = 50
 _SAME_NAME: Final = (
     "has the name of another scan file, {other}, but for the way in which accents are stored (Unicode's NFC and NFD); "
     "rename one, or remove the copy"
 )
-_NO_FOLDER: Final = "is a file, or a link that leads nowhere, where a folder of labels belongs; move it away"
-_UNPRINTABLE: Final = "has a name that is not UTF-8 or holds control characters; rename the file"
-# Formats of images that are commonly put beside scans and would silently be left out. Settings and side-cars are not.
-_OTHER_FORMATS: Final = (
-    ".mha", ".mhd", ".dcm", ".ima", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".nhdr", ".mnc", ".gipl",
-    ".mif", ".mif.gz",
-)  # fmt: skip
-_PACKED: Final = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".rar")
-_OTHER_CASE: Final = "is not the folder {wanted}/, which is spelled exactly so; rename it, or move its files there"
-
-_NOT_LOOKED_INTO: Final = (
-    "is a folder with images, and scans are files beside it; move files up, and import DICOM (segqc import dicom)"
-)
-_IS_FOLDER: Final = "is a folder, which is not looked into; move the files that it holds up"
-_FIRST_FILES: Final = 100  # of a folder that may hold thousands, every few seconds
-_DICOM_MAGIC_END: Final = 132
 
 PatientOf: TypeAlias = Callable[[Path], str]
 PatientNow: TypeAlias = Callable[[Path, str], str]
@@ -134,13 +114,13 @@ def sync(store: Store, patient_of: PatientOf, split_config: SplitConfig, *, stop
     changed = set(map(nfc, scans_now.changed))
     noted = {file: finding for file, finding in noted.items() if finding.scan not in changed}
     added = removed = 0
-    folders = _tag_folders(store)
+    folders = tag_folders(store)
     for folder in folders:
         if not stop():
-            more, fewer = _sync_labels(store, folder, noted, stop)
+            more, fewer = sync_labels(store, folder, noted, stop)
             added, removed = added + more, removed + fewer
     tags = {f"labels/{folder.name}" for folder in folders}
-    astray = _without_tag(store)
+    astray = beside_tags(store.files.views)
     gone = {file for file in noted if "/" in file and os.path.dirname(file) not in tags} - astray.keys()
     fresh = [finding for file, finding in astray.items() if noted.get(file) != finding]
     if gone or fresh:
@@ -329,31 +309,28 @@ def _sync_scans(
     present: set[str] = set()
     signatures: dict[str, str] = {}
     refused: set[str] = set()  # with a name that may be another scan's
-    misplaced: dict[str, Finding] = {}
+    aside: dict[str, Finding] = {}
     unreadable: dict[str, str] = {}
     settled = 0
-    for entry, status in _files(store.dataset, unreadable):
+    for entry, status in visible_files(store.dataset, unreadable):
         name = printable(entry.name)
         present.add(name)
         if name != entry.name:
-            misplaced[name] = Finding(name, "other", f"{name}: {_UNPRINTABLE}", "")
+            aside[name] = Finding(name, "other", f"{name}: {UNPRINTABLE}", "")
         elif scans.mark(name, raw_signature(status)) in marks:
             settled += 1
         elif scan_suffix(name) is not None:
             signatures[name] = signature_of(status)
-            if not is_still(noted, name, signatures[name]):
+            if not findings.is_still(noted, name, signatures[name]):
                 unsettled.add(name)
             elif not name.isascii():
                 refused.add(name)
-        elif (finding := _misplaced(name)) is not None:
-            misplaced[name] = finding
+        elif (finding := misplaced(name)) is not None:
+            aside[name] = finding
     for name, why in unreadable.items():
         if scan_suffix(name) is not None:
-            misplaced[name] = Finding(name, "scan", f"{name}: {why}", "")
-    for name in _folders_of_images(store.dataset, {nfc(scan_id(name)) for name in present}):
-        misplaced[name] = Finding(name, "other", f"{name}: {_NOT_LOOKED_INTO}", "")
-    for name in _in_other_case(store.dataset, "labels"):
-        misplaced[name] = Finding(name, "other", f"{name}: {_OTHER_CASE.format(wanted='labels')}", "")
+            aside[name] = Finding(name, "scan", f"{name}: {why}", "")
+    aside |= folders_beside_scans(store.dataset, present)
     gone: list[str] = []
     known: dict[str, Known] = {}
     if unsettled or settled < len(marks):
@@ -368,15 +345,15 @@ def _sync_scans(
                     scans.rename_file(transaction, scan, name)
             known = {file: scan for file, scan in known.items() if scan not in respelled.values()} | respelled
         for name, other in twins.items():
-            misplaced[name] = Finding(name, "scan", f"{name}: {_SAME_NAME.format(other=other)}", signatures[name])
+            aside[name] = Finding(name, "scan", f"{name}: {_SAME_NAME.format(other=other)}", signatures[name])
         unsettled -= twins.keys()
         # whoever has uploaded a scan since has put its file there
         absent = (file for file, scan in known.items() if not scan.missing and file not in present)
         gone = [file for file in absent if not os.path.isfile(store.dataset / file)]
     labelled = labelled_scans(store) if unsettled - known.keys() else set()
     new, lost, replaced, changed = _sync_files(store, unsettled, known, labelled, patient_of, split_config, stop)
-    over = {file for file in noted if "/" not in file and file not in present and file not in misplaced}
-    fresh = [finding for file, finding in misplaced.items() if noted.get(file) != finding]
+    over = {file for file in noted if "/" not in file and file not in present and file not in aside}
+    fresh = [finding for file, finding in aside.items() if noted.get(file) != finding]
     missing = 0
     if gone or over or fresh:
         with store.write() as transaction:
@@ -414,67 +391,6 @@ def labelled_scans(store: Store) -> set[str]:
     """Names of scans that have a file among the final labels, in the form in which names are compared."""
     final = store.files.views / labels.FINAL
     return {nfc(label_id(name)) for name in os.listdir(final)} if final.is_dir() else set()
-
-
-def is_for_scans(folder: Path) -> bool:
-    """Whether a folder holds scans, or what `sync` says of that it lies there instead of them."""
-    names = os.listdir(folder)
-    if any(scan_suffix(name) is not None or name.lower().endswith((".seg.nrrd", *_OTHER_FORMATS)) for name in names):
-        return True
-    return bool(_folders_of_images(folder, ()))
-
-
-def _folders_of_images(dataset: Path, names: Collection[str]) -> list[str]:
-    """The folders beside the scans that hold images among their first files, but for what is named like a scan.
-
-    Those are masks, maps and the like of the scans.
-    """
-    with os.scandir(dataset) as found:
-        folders = [entry for entry in found if not entry.name.startswith(".") and os.path.isdir(entry)]
-    images = []
-    for folder in folders:
-        if folder.name not in ("labels", OWN_FOLDER) and folder.name == printable(folder.name):
-            with contextlib.suppress(OSError), os.scandir(folder) as files:
-                if any(_is_image(file, names) for file in itertools.islice(files, _FIRST_FILES)):
-                    images.append(folder.name)
-    return images
-
-
-def _in_other_case(folder: Path, name: str) -> list[str]:
-    """The folders that have a name but for its case, where that makes them others."""
-    wanted = folder / name
-    with os.scandir(folder) as found:
-        alike = [entry for entry in found if entry.name != name and caseless(entry.name) == name and entry.is_dir()]
-    return [entry.name for entry in alike if not (wanted.exists() and os.path.samefile(entry, wanted))]
-
-
-def _is_image(entry: os.DirEntry[str], names: Collection[str]) -> bool:
-    if not os.path.isfile(entry):
-        return False
-    if label_suffix(entry.name) is not None:
-        return nfc(label_id(entry.name)) not in names
-    if "." in entry.name:
-        return entry.name.lower().endswith(_OTHER_FORMATS)
-    with open(entry.path, "rb") as file:
-        return file.read(_DICOM_MAGIC_END).endswith(b"DICM")
-
-
-def _misplaced(name: str) -> Finding | None:
-    """What is wrong with a file beside the scans that looks like one; settings, side-cars and the like do not."""
-    if name.lower().endswith(".seg.nrrd"):
-        sentence = f"{name}: is a segmentation, not a scan; move it to labels/final/ if it is the final label"
-    elif name.lower().endswith(_OTHER_FORMATS):
-        sentence = f"{name}: is of no format that scans are read from; convert it to {' or '.join(SCAN_SUFFIXES)}"
-    elif name.lower().endswith(_PACKED):
-        sentence = f"{name}: is packed, and not looked into; unpack it if it holds scans"
-    else:
-        return None
-    return Finding(name, "other", sentence, "")
-
-
-def is_still(noted: Mapping[str, Finding], file: str, signature: str) -> bool:
-    """Whether the file is the one that was found to be unusable."""
-    return signature != "" and file in noted and noted[file].signature == signature
 
 
 def _sync_files(
@@ -529,7 +445,9 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
                 try:
                     patient = patient_of(path)
                 except VolumeError as error:  # of a side-car, perhaps: looked at again each time
-                    return Looked(file, "", finding=Finding(file, "scan", sentence_about(path, file, error), ""))
+                    return Looked(
+                        file, "", finding=Finding(file, "scan", findings.sentence_about(path, file, error), "")
+                    )
                 content = store.intake.scan(path, file)
                 looked = Looked(file, signature, content.sha256, patient, content.warnings, content.appearance)
                 for warning in content.warnings:
@@ -538,25 +456,12 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
             raise
         except Exception as error:  # one file must not keep all others out, whatever is wrong with it
             looked = Looked(
-                file, signature, finding=Finding(file, "scan", sentence_about(path, file, error), signature)
+                file, signature, finding=Finding(file, "scan", findings.sentence_about(path, file, error), signature)
             )
         after = path.stat()
     except FileNotFoundError:
         return None
     return looked if raw_signature(before) == raw_signature(after) else None
-
-
-def sentence_about(path: Path, file: str, error: Exception) -> str:
-    """What is wrong with a file, by the name that the user knows."""
-    if isinstance(error, MemoryError):
-        return f"{file}: needs more memory to be read than there is; make it smaller"
-    if isinstance(error, OSError):
-        return f"{file}: cannot be read ({error.strerror or error})"
-    if not isinstance(error, VolumeError):
-        logger.error("%s", file, exc_info=error)
-        return f"{file}: cannot be read ({type(error).__name__}: {error})"
-    messages = str(error).replace(str(path), file)
-    return messages if file in messages else f"{file}: {messages}"
 
 
 def note_scans(
@@ -656,252 +561,3 @@ def part_from_labels(store: Store, name: str) -> None:
                     change = store.unchecked_label(name, tag, base, str(error), Path(work))
                     with store.change_labels([change]):
                         pass
-
-
-# ------------------------------------------------------------------------------------------------------------ labels
-
-
-def _sync_labels(store: Store, folder: Path, noted: Mapping[str, Finding], stop: Stop) -> tuple[int, int]:
-    """How many labels of a tag are new, and how many were removed."""
-    tag = folder.name
-    with store.read() as transaction:
-        marks = labels.view_marks(transaction, tag)
-    states: dict[str, FileState] = {}
-    signatures: dict[str, str] = {}
-    own = {file for file in noted if os.path.dirname(file) == f"labels/{tag}"}
-    passed: set[str] = set()
-    unsettled: set[str] = set()
-    unreadable: dict[str, str] = {}
-    settled = 0
-    for entry, status in _files(folder, unreadable) if folder.is_dir() else ():
-        name = entry.name
-        if name != printable(name):
-            unreadable[printable(name)] = _UNPRINTABLE
-            continue
-        states[name] = FileState(status.st_size, status.st_mtime_ns)
-        if labels.view_mark(f"{tag}/{name}", status.st_size, status.st_mtime_ns) in marks:
-            settled += 1
-            if own and f"labels/{tag}/{name}" in own:
-                passed.add(f"labels/{tag}/{name}")  # a good one was written in its place
-            continue
-        signatures[name] = signature_of(status)
-        if not is_still(noted, f"labels/{tag}/{name}", signatures[name]):
-            unsettled.add(name)
-    passed |= {file for file in own if os.path.basename(file) not in states}
-    files = {name: f"labels/{tag}/{name}" for name in unreadable}
-    found = [Finding(file, "label", f"{file}: {unreadable[name]}", "") for name, file in files.items()]
-    added = removed = 0
-    if unsettled or settled < len(marks):
-        pass_ = _LabelPass(store, tag, states, signatures)
-        added, removed, unusable = pass_.run(unsettled, unreadable, stop)
-        found += unusable
-        passed |= {f"labels/{tag}/{name}" for name in unsettled} & own
-    passed -= {finding.file for finding in found}
-    fresh = [finding for finding in found if noted.get(finding.file) != finding]
-    if passed or fresh:
-        with store.write() as transaction:
-            findings.clear(transaction, passed)
-            findings.record(transaction, fresh, store.intake.version)
-    return added, removed
-
-
-class _LabelPass:
-    """One look through the labels of a tag, as the folder and the rows were when it began."""
-
-    def __init__(self, store: Store, tag: str, states: Mapping[str, FileState], signatures: Mapping[str, str]) -> None:
-        self.store, self.tag, self.states, self.signatures = store, tag, states, signatures
-        with store.read() as transaction:
-            self.left = labels.views(transaction, tag)
-            self.scans = {scan.name: scan for scan in scans.listing(transaction) if scan.missing_since is None}
-        self.alike = {nfc(name): name for name in self.scans}
-        self.shown = {self._scan_of(file): file for file in self.left}
-        self.findings: list[Finding] = []
-
-    def run(
-        self, unsettled: Collection[str], unreadable: Collection[str], stop: Stop
-    ) -> tuple[int, int, list[Finding]]:
-        """Take in files that are new or were changed, and note removed ones; what cannot be read now is not removed."""
-        by_scan: dict[str, list[str]] = {}
-        known = [name for name in unsettled if self._has_scan(name)]
-        touched = self._only_touched([name for name in known if self._was_shown(name)])
-        for name in sorted(set(known) - touched, key=lambda name: -self.states[name].modified_ns):
-            by_scan.setdefault(self._scan_of(name), []).append(name)
-        added = done = 0
-        for batch in _batches(list(by_scan.items())):
-            if stop():
-                break
-            with tempfile.TemporaryDirectory(prefix="segqc-") as work:
-                # of several files for one scan the newest counts; the others become versions before it
-                read = (self._read(names, Path(work)) for _, names in batch)
-                added += len(self._commit([change for change in read if change is not None]))
-            done += len(batch)
-            if len(by_scan) > _LABEL_BATCH:
-                logger.info("taking in labels/%s: %d of %d", self.tag, done, len(by_scan))
-        # a file that cannot be used, whatever its suffix, has taken the label's place: it stays, and nothing is removed
-        lying = {self._scan_of(name) for name in (*self.states, *unreadable) if label_suffix(name) is not None}
-        gone = [
-            scan
-            for scan, file in self.shown.items()
-            if scan not in lying and not os.path.isfile(self.store.files.views / file)
-        ]
-        removals = [
-            LabelChange(NewLabel(scan, self.tag, "removal", FOLDER), None) for scan in gone if scan in self.scans
-        ]
-        removed = sum(len(self._commit(batch)) for batch in _batches(removals))
-        return added, removed, self.findings
-
-    def _find(self, name: str, sentence: str, scan: str | None = None) -> None:
-        file = f"labels/{self.tag}/{name}"
-        self.findings.append(Finding(file, "label", sentence, self.signatures[name], scan))
-
-    def _scan_of(self, file: str) -> str:
-        """The name of the scan that a label file is of, in whatever Unicode form, or that it would be of."""
-        name = label_id(file)
-        return name if name in self.scans else self.alike.get(nfc(name), name)
-
-    def _was_shown(self, name: str) -> bool:
-        """Whether a file shows, or may show, what was shown by a file of this name in this or another Unicode form."""
-        shown = os.path.basename(self.shown.get(self._scan_of(name), ""))
-        return name == shown or (nfc(name) == nfc(shown) and shown not in self.states)
-
-    def _has_scan(self, name: str) -> bool:
-        file, scan = f"labels/{self.tag}/{name}", self._scan_of(name)
-        if label_suffix(name) is None:
-            self._find(name, f"{file}: is of no format that labels are read from; use {', '.join(LABEL_SUFFIXES)}")
-        elif scan not in self.scans:
-            self._find(name, f"{file}: there is no scan {scan!r} that can be used; add it, or rename the label", scan)
-        else:
-            return True
-        return False
-
-    def _only_touched(self, names: Sequence[str]) -> set[str]:
-        """Which files have another time and still show the current version, as in a copy of the folder; noted so."""
-        touched: set[str] = set()
-        for batch in _batches(names):
-            held: dict[str, str] = {}
-            for name in batch:
-                with contextlib.suppress(OSError):
-                    held[name] = sha256_of(self.store.files.views / self.tag / name)
-            with self.store.write() as transaction:
-                for name, sha256 in held.items():
-                    label = labels.current(transaction, self._scan_of(name), self.tag)
-                    if label is not None and sha256 in (label.sha256, label.submitted_sha256):
-                        state = self.states[name]
-                        labels.note_view(transaction, label, f"{self.tag}/{name}", state.size, state.modified_ns)
-                        touched.add(name)
-        return touched
-
-    def _read(self, names: Sequence[str], work: Path) -> LabelChange | None:
-        """The first of a scan's files that passes, as a change; the others before it are noted as findings."""
-        for name in names:
-            scan = self.scans[self._scan_of(name)]
-            try:
-                return self.store.label_from_file(scan, self.tag, name, work)
-            except FileNotFoundError:
-                continue  # gone again before it could be read
-            except SourceUnavailable:
-                raise  # nothing is known of the label before its scan is there
-            except Exception as error:  # one file must not keep all others out, whatever is wrong with it
-                path = self.store.files.views / self.tag / name
-                self._find(name, sentence_about(path, f"labels/{self.tag}/{name}", error), scan.name)
-        return None
-
-    def _commit(self, changes: Sequence[LabelChange]) -> list[LabelChange]:
-        """Make the changes, but those of scans whose label or content is not the one any more that the look showed.
-
-        A file that another process has just saved looks like a person's edit to whoever read the rows before.
-        """
-        left = list(changes)
-        while left:
-            try:
-                with self.store.change_labels(left) as change:
-                    self._refuse_overtaken(change.transaction, {c.label.scan for c in left})
-            except _Overtaken as found:
-                left = [change for change in left if change.label.scan not in found.scans]
-            except FileNotFoundError:
-                return []  # gone again before it could be taken in
-            else:
-                break
-        return left
-
-    def _refuse_overtaken(self, transaction: Transaction, names: Set[str]) -> None:
-        overtaken = set()
-        rows = {scan.name: scan.id for scan in scans.listing(transaction, names=sorted(names))}
-        for name in names:
-            last = labels.current(transaction, name, self.tag)
-            shown = self.shown.get(name)
-            same = (last.id if last is not None else None) == (self.left[shown].version if shown is not None else None)
-            if not same or rows.get(name) != self.scans[name].id:
-                overtaken.add(name)
-        if overtaken:
-            raise _Overtaken(overtaken)
-
-
-class _Overtaken(Exception):  # noqa: N818 - not an error
-    """Other processes have changed these scans or their labels since the folder was looked through."""
-
-    def __init__(self, scans_: set[str]) -> None:
-        super().__init__()
-        self.scans = scans_
-
-
-def _tag_folders(store: Store) -> list[Path]:
-    """The folders of the tags.
-
-    People's labels do not go with their whole folder, which may just not be mounted. Pseudo-labels do: without their
-    files nobody would see what trains.
-    """
-    if not store.files.views.is_dir():
-        return []
-    with os.scandir(store.files.views) as found:
-        folders = {Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith(".")}
-    return sorted(folders | {store.files.views / labels.PSEUDO})
-
-
-def _without_tag(store: Store) -> dict[str, Finding]:
-    """Label files that lie beside the tags' folders, and not in one, and what is where a folder of them belongs."""
-    found = {}
-    if store.files.views.is_dir():
-        for name in _in_other_case(store.files.views, labels.FINAL):
-            file = f"labels/{name}"
-            wanted = f"labels/{labels.FINAL}"
-            found[file] = Finding(file, "label", f"{file}: {_OTHER_CASE.format(wanted=wanted)}", "")
-        for entry, _ in _files(store.files.views, {}):
-            file = f"labels/{printable(entry.name)}"
-            if entry.name == labels.FINAL:
-                found[file] = Finding(file, "label", f"{file}: {_NO_FOLDER}", "")
-            elif label_suffix(entry.name) is not None:
-                sentence = f"{file}: lies in no tag's folder; move it to labels/{labels.FINAL}/ if it is a final label"
-                found[file] = Finding(file, "label", sentence, "")
-    elif os.path.lexists(store.files.views):
-        found["labels/"] = Finding("labels/", "label", f"labels: {_NO_FOLDER}", "")
-    return found
-
-
-def _files(folder: Path, unreadable: dict[str, str]) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
-    """The visible files of a folder, links to files among them, with their status.
-
-    Args:
-        folder: the folder.
-        unreadable: gets the names of folders, and of those whose status is not to be had, each with the reason.
-    """
-    with os.scandir(folder) as found:
-        for entry in found:
-            if entry.name.startswith("."):
-                continue
-            try:
-                status = entry.stat()
-            except OSError as error:
-                if entry.is_symlink():
-                    unreadable[printable(entry.name)] = f"is a link that leads nowhere ({error.strerror}); mend it"
-                elif not isinstance(error, FileNotFoundError):  # not removed this moment
-                    unreadable[printable(entry.name)] = f"cannot be read ({error.strerror})"
-            else:
-                if stat.S_ISREG(status.st_mode):
-                    yield entry, status
-                elif stat.S_ISDIR(status.st_mode):
-                    unreadable[printable(entry.name)] = _IS_FOLDER
-
-
-def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (items[start : start + _LABEL_BATCH] for start in range(0, len(items), _LABEL_BATCH))
