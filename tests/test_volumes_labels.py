@@ -25,7 +25,10 @@ from segqc.volumes import (
     scan_suffix,
     write_labels,
 )
+from segqc.volumes.inputs import InputFile
 from segqc.volumes.intake import check_labels, check_scan, content_sha256
+from segqc.volumes.labelmaps import load_labels
+from segqc.volumes.volume import Segment, Source
 
 SHAPE = (6, 5, 4)
 AFFINE = np.array([[-1.5, 0, 0, 48], [0, 1.25, 0, -48], [0, 0, 4, -46], [0, 0, 0, 1.0]])
@@ -134,6 +137,26 @@ def test_more_layers_than_segments_are_refused_before_they_are_read(tmp_path):
     path.write_bytes(path.read_bytes().partition(b"\n\n")[0] + b"\n\n")
     with pytest.raises(VolumeError, match=r"a\.seg\.nrrd: has 3 layers for 2 segments"):
         read_labels(path, scan=SCAN, names=NAMES)
+
+
+def test_each_segment_is_looked_at_in_its_own_layer_only(tmp_path):
+    """A small file may name thousands of layers and segments."""
+    looks = 0
+
+    class Counted(Segment):
+        def __getattribute__(self, name: str) -> object:
+            nonlocal looks
+            looks += name == "layer"
+            return super().__getattribute__(name)
+
+    count = 300
+    layers = np.zeros((count, *SHAPE), np.uint8)
+    layers[:, 0, 0, 0] = 1
+    segments = tuple(Counted("body", 1, number) for number in range(count))
+    source = Source(SHAPE, AFFINE, None, lambda: layers, segments=segments)
+    found = load_labels(InputFile(tmp_path / "a.seg.nrrd"), source, SCAN, names=NAMES)
+    assert found.volume.array.sum() == 2
+    assert looks < 10 * count
 
 
 @pytest.mark.parametrize("empty", ["Segment_4", "Segment_1", "lung", "Body", "likely error", "background"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -112,18 +113,20 @@ def _merge_segments(
     segments = [segment for segment in segments if segment.value in found[segment.layer]]
     values = [_value_of(file, segment, names) for segment in segments]
     merged = np.zeros(layers.shape[1:], np.uint8)
+    of_layer: dict[int, list[tuple[Segment, int]]] = defaultdict(list)
+    for segment, value in zip(segments, values, strict=True):
+        of_layer[segment.layer].append((segment, value))
     for number, layer in enumerate(layers):
         table = np.zeros(256, np.uint8)
         owners: dict[int, Segment] = {}
-        for segment, value in zip(segments, values, strict=True):
-            if segment.layer == number:
-                if segment.value in owners:
-                    raise file.error(
-                        f"gives the segments {owners[segment.value].name!r} and {segment.name!r} the same value "
-                        f"{segment.value} in one layer; save the segmentation again."
-                    )
-                owners[segment.value] = segment
-                table[segment.value] = value
+        for segment, value in of_layer[number]:
+            if segment.value in owners:
+                raise file.error(
+                    f"gives the segments {owners[segment.value].name!r} and {segment.name!r} the same value "
+                    f"{segment.value} in one layer; save the segmentation again."
+                )
+            owners[segment.value] = segment
+            table[segment.value] = value
         unnamed = sorted(found[number] - owners.keys())
         if unnamed:
             raise file.error(
