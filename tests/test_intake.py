@@ -440,7 +440,7 @@ def test_suffixes_are_known_in_any_case(dataset: Dataset, folder: Path, tmp_path
 
 
 def test_of_two_files_for_a_label_the_newest_counts_and_both_are_kept(
-    dataset: Dataset, folder: Path, tmp_path: Path
+    dataset: Dataset, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     final(folder, "scan_0").write_bytes(label_bytes(tmp_path, 1))
     os.utime(final(folder, "scan_0"), (100, 100))
@@ -450,6 +450,8 @@ def test_of_two_files_for_a_label_the_newest_counts_and_both_are_kept(
     versions = history(dataset, "scan_0")
     assert [v.sha256 == older for v in versions] == [True, False]
     assert [p.name for p in final(folder, "x").parent.iterdir()] == ["scan_0.seg.nrrd"]
+    (told,) = [record.getMessage() for record in caplog.records if "several labels" in record.getMessage()]
+    assert told.startswith("labels/final/scan_0.seg.nrrd: is the newest") and told.endswith(": scan_0.nii.gz")
     assert check(dataset.store) == []
 
 

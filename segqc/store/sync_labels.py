@@ -171,10 +171,10 @@ class _LabelPass:
 
     def _read(self, names: Sequence[str], work: Path) -> LabelChange | None:
         """The first of a scan's files that passes, as a change; the others before it are noted as findings."""
-        for name in names:
+        for number, name in enumerate(names, 1):
             scan = self.scans[self._scan_of(name)]
             try:
-                return self.store.label_from_file(scan, self.tag, name, work)
+                change = self.store.label_from_file(scan, self.tag, name, work)
             except FileNotFoundError:
                 continue  # gone again before it could be read
             except SourceUnavailable:
@@ -182,6 +182,16 @@ class _LabelPass:
             except Exception as error:  # one file must not keep all others out, whatever is wrong with it
                 path = self.store.files.views / self.tag / name
                 self._find(name, findings.sentence_about(path, f"labels/{self.tag}/{name}", error), scan.name)
+            else:
+                if older := names[number:]:
+                    logger.warning(
+                        "labels/%s/%s: is the newest of several labels of one scan, and counts; kept as earlier versions "
+                        "(segqc labels): %s",
+                        self.tag,
+                        name,
+                        ", ".join(older),
+                    )
+                return change
         return None
 
     def _commit(self, changes: Sequence[LabelChange]) -> list[LabelChange]:
