@@ -260,6 +260,16 @@ def draw_curve(curve: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
+def is_picture_name(path: Path) -> bool:
+    """Whether a file's suffix names a format that pictures are written in.
+
+    Example:
+        >>> is_picture_name(Path("a.PNG")), is_picture_name(Path("a.nii.gz")), is_picture_name(Path("a"))
+        (True, False, False)
+    """
+    return path.suffix.lower().removeprefix(".") in FigureCanvasAgg.get_supported_filetypes()
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a picture; its suffix decides the format."""
     FigureCanvasAgg(figure)

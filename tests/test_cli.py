@@ -636,6 +636,19 @@ def test_assess_prints_draws_and_writes_the_likely_errors(run: Run, dataset: Pat
     assert (scan.read_bytes(), mask.read_bytes()) == before
 
 
+@pytest.mark.parametrize("option", ["--picture", "--errors"])
+@pytest.mark.parametrize("name", ["a.xyz", "a", "a.nii.png.gz"])
+def test_assess_refuses_suffixes_that_it_cannot_write_before_it_begins(
+    run: Run, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, name: str
+) -> None:
+    scan, mask = dataset / "scan_0.nii.gz", dataset / "labels" / "final" / "scan_0.nii.gz"
+    monkeypatch.setattr(Assessor, "assess", None)
+    messages = run("assess", scan, mask, "--no-picture", option, tmp_path / name)
+    assert messages.code == 1
+    assert f"{name}: " in messages.err and "choose one of these suffixes" in messages.err
+    assert not list(tmp_path.glob("a*"))
+
+
 def test_a_persons_mask_is_judged_by_the_network_for_people(
     run: Run, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

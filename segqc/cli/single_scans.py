@@ -136,14 +136,18 @@ def assess(
 
     JSON is the whole assessment; CSV has one line for each structure in 3D and in every slice.
     """
-    from segqc.plots import draw_assessment
+    from segqc.plots import draw_assessment, is_picture_name
     from segqc.quality.likely_errors import likely_errors, sentence
     from segqc.types import segment_names
-    from segqc.volumes import read_labels, read_scan, scan_id, write_labels
+    from segqc.volumes import SCAN_SUFFIXES, read_labels, read_scan, scan_id, scan_suffix, write_labels
 
     for named in (picture, errors):
         if named is not None:
             refuse_overwriting(named)
+    if picture is not None and not is_picture_name(picture):
+        raise CommandError(f"{picture}: pictures are written as .png, .pdf or .svg; choose one of these suffixes")
+    if errors is not None and scan_suffix(errors.name) is None:
+        raise CommandError(f"{errors}: masks are written as {', '.join(SCAN_SUFFIXES)}; choose one of these suffixes")
     _refuse_missing(scan, mask)
     volume = read_scan(scan)
     assessor = _assessor(_models_folder(dataset, scan), model)

@@ -185,8 +185,8 @@ class _LabelPass:
             else:
                 if older := names[number:]:
                     logger.warning(
-                        "labels/%s/%s: is the newest of several labels of one scan, and counts; kept as earlier versions "
-                        "(segqc labels): %s",
+                        "labels/%s/%s: is the newest of several labels of one scan, and counts; kept as earlier "
+                        "versions (segqc labels): %s",
                         self.tag,
                         name,
                         ", ".join(older),
