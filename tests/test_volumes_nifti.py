@@ -129,6 +129,24 @@ def test_scan_lies_where_itk_has_it_and_so_does_its_mask(tmp_path, header):
     assert_same_place(itk_affine(mask), expected)
 
 
+@pytest.mark.parametrize(("unit", "mm"), [("micron", 1e-3), ("meter", 1e3), ("mm", 1.0), ("unknown", 1.0)])
+@pytest.mark.parametrize("keeps_unit", [True, False])
+def test_label_that_nibabel_saves_may_leave_the_unit_behind(tmp_path, unit, mm, keeps_unit):
+    image = nib.Nifti1Image(
+        np.ones(SHAPE, np.float32), affine_of(turned(10, 20, 30), SPACING / mm, (-40 / mm, 3 / mm, 1))
+    )
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "scan.nii")
+    scan = read_scan(tmp_path / "scan.nii")
+    assert_same_place(scan.affine, itk_affine(tmp_path / "scan.nii"))
+    labels = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
+    header = image.header if keeps_unit else None
+    nib.save(nib.Nifti1Image(labels, image.affine, header, dtype=np.uint8), tmp_path / "labels.nii.gz")
+    found = read_labels(tmp_path / "labels.nii.gz", scan=scan)
+    np.testing.assert_array_equal(found.array, labels)
+    np.testing.assert_array_equal(found.affine, scan.affine)
+
+
 def shown(path: Path) -> str:
     with contextlib.suppress(VolumeError):
         return " ".join(check_scan(path).warnings)

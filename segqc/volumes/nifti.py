@@ -273,7 +273,8 @@ class _Forms:
 
 
 def _read_forms(fields: npt.NDArray[np.void]) -> _Forms:
-    unit = np.array([_UNIT_MM.get(int(fields["xyzt_units"]) & 7, 1.0)] * 3 + [1.0])[:, None]
+    unit_mm = _UNIT_MM.get(int(fields["xyzt_units"]) & 7, 1.0)
+    unit = np.array([unit_mm] * 3 + [1.0])[:, None]
     pixdim = np.asarray(fields["pixdim"], dtype=np.float64)
     spacing = np.where(np.isfinite(pixdim[1:4]) & (pixdim[1:4] != 0), pixdim[1:4], 1.0)
     sform = np.eye(4)
@@ -283,7 +284,12 @@ def _read_forms(fields: npt.NDArray[np.void]) -> _Forms:
         sform=unit * sform if fields["sform_code"] > 0 else None,
         sform_is_scanner=bool(fields["sform_code"] == _SCANNER_CODE),
         spacing=spacing * unit[0],
-        find_nibabel=lambda: tuple(unit * matrix for matrix in _nibabel_matrices(fields)),
+        find_nibabel=lambda: tuple(
+            # nibabel knows no units: whoever takes over its affine may leave the unit behind
+            factor * matrix
+            for matrix in _nibabel_matrices(fields)
+            for factor in ((unit,) if unit_mm == 1 else (unit, np.ones((4, 1))))
+        ),
     )
 
 
