@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,6 +173,16 @@ def test_whatever_the_folder_is_called_the_scan_has_a_usable_name(session: Path,
     assert found == found.strip(" .-")
     assert len(found.encode()) < 200
     assert "\n" not in found
+
+
+def test_odd_values_bring_no_warnings_of_a_library(session: Path, tmp_path: Path) -> None:
+    series(session / "7", "1.7")
+    for file in (session / "7").iterdir():
+        file.write_bytes(file.read_bytes().replace(b"IS\x02\x007 ", b"IS\x02\x007A"))
+    command = [sys.executable, "-m", "segqc", "import", "dicom", str(session), str(tmp_path / "new")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and scans(tmp_path / "new") == ["7"]
+    assert "pydicom" not in done.stderr
 
 
 def test_one_folder_is_read_by_its_name_too(session: Path, tmp_path: Path) -> None:

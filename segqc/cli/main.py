@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -83,6 +84,8 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     log_to_stderr(logging.WARNING, LineFormatter("%(levelname)s: %(message)s"))
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs each exception that passes through a training
+    # pydicom quotes its own code for each odd value; what is wrong with a file is said in a sentence
+    warnings.filterwarnings("ignore", module=r"pydicom\b")
     try:
         app()
     except (SegqcError, OSError) as error:
