@@ -100,8 +100,8 @@ def test_the_side_car_goes_before_the_header(tmp_path: Path) -> None:
     assert read_tag(tmp_path / "a.nrrd", "PatientID") == "header"
 
 
-@pytest.mark.parametrize("value", ["", "  "])
-def test_an_empty_tag_is_none(tmp_path: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ["", "  ", None])
+def test_an_empty_tag_is_none(tmp_path: Path, value: str | None) -> None:
     assert read_tag(with_sidecar(tmp_path / "a.nii", PatientID=value), "PatientID") is None
 
 

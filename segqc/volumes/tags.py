@@ -85,6 +85,8 @@ def _in_pairs(path: Path, pairs: Mapping[str, object], keyword: str, number: int
     for key, value in pairs.items():
         if key.lower() != keyword.lower() and (number is None or _number_of(key) != number):
             continue
+        if value is None:  # what a program writes that leaves a value out
+            return None
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise VolumeError(f"{path}: its {key} is neither text nor a number; write it as text.")
         return _plain(value)
