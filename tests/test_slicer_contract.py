@@ -22,7 +22,7 @@ from segqc.server.uploads import MAX_REMEMBERED, REMEMBERED_SECONDS, Uploads
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
 from segqc.volumes.dicom import write_dicom
-from tests.server_kit import CONFIG, add_models, draw_case, make_dataset, serving
+from tests.server_kit import AFFINE, CONFIG, add_models, draw_case, make_dataset, serving
 
 pytestmark = pytest.mark.server
 
@@ -169,6 +169,31 @@ def test_the_same_volume_in_another_format_is_the_same_scan(client: TestClient, 
     assert client.put("/datastore/?image=scan_1", files={"file": sent}).status_code == 409
 
 
+def test_a_volume_may_come_by_the_suffix_that_is_set_for_segmentations(
+    client: TestClient, base: Path, tmp_path: Path
+) -> None:
+    """The extension's setting "File Extension" is for scans and label maps alike."""
+    scan, labels = draw_case(5)
+    write_scan(scan, tmp_path / "volume.nrrd")
+    sent = ("tmp1x.seg.nrrd", (tmp_path / "volume.nrrd").read_bytes())
+    answer = client.put("/datastore/?image=MRHead", files={"file": sent})
+    assert (answer.status_code, answer.json()) == (200, {"image": "MRHead"})
+    assert np.array_equal(read_scan(base / "MRHead.nrrd").array, scan.array)
+    session = client.put("/session/", files={"files": sent})
+    assert session.status_code == 200, session.text
+    add_models(base, (Structure("liver", (2,)), Structure("spleen", (7,))))
+    data = {"params": json.dumps({"result_extension": ".nrrd", "result_dtype": "uint8"})}
+    answer = client.post(f"/infer/segmentation?session_id={session.json()['session_id']}&output=image", data=data)
+    assert answer.status_code == 200, answer.text
+    write_segmentation(tmp_path / "a.seg.nrrd", (labels.array == 1)[None].astype(np.uint8), [("liver", 0, 1)], AFFINE)
+    segmentation = ("tmp2x.seg.nrrd", (tmp_path / "a.seg.nrrd").read_bytes())
+    for answer in (
+        client.put("/datastore/?image=other", files={"file": segmentation}),
+        client.put("/session/", files={"files": segmentation}),
+    ):
+        assert answer.status_code == 422 and "is a segmentation by its header, and no scan" in answer.text
+
+
 @pytest.mark.parametrize("suffix", [".mha", ".seg.nrrd", ".NRRD", ".nii"])
 def test_label_maps_are_received_under_their_own_suffix(client: TestClient, suffix: str) -> None:
     damaged = (f"mask{suffix}", b"damaged")
@@ -177,9 +202,7 @@ def test_label_maps_are_received_under_their_own_suffix(client: TestClient, suff
         client.post("/infer/segqc?image=scan_0", files={"label": damaged}),
     ):
         assert answer.status_code == 422, answer.text
-    assert (client.put("/datastore/?image=x", files={"file": damaged}).status_code == 415) == (
-        suffix in (".mha", ".seg.nrrd")
-    )
+    assert (client.put("/datastore/?image=x", files={"file": damaged}).status_code == 415) == (suffix == ".mha")
 
 
 @pytest.fixture

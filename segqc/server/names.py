@@ -90,6 +90,8 @@ def check_file_name(name: str | None) -> str:
 def split_suffix(name: str | None, what: str, suffixes: Sequence[str] = SCAN_SUFFIXES) -> tuple[str, str]:
     """The last part of an uploaded file's name, as what comes before its suffix, and the suffix in lower case.
 
+    3D Slicer sends scans by the suffix that is set for labels: where only scans are read, ``.seg.nrrd`` is ``.nrrd``.
+
     Raises:
         RequestError: 415 if the suffix is none of the formats that are read.
     """
@@ -97,6 +99,8 @@ def split_suffix(name: str | None, what: str, suffixes: Sequence[str] = SCAN_SUF
     found = max((s for s in {*LABEL_SUFFIXES, *suffixes} if base.lower().endswith(s)), key=len, default=None)
     if found is not None and found in suffixes:
         return base[: -len(found)], found
+    if found == ".seg.nrrd" and ".nrrd" in suffixes:
+        return base[: -len(found)], ".nrrd"
     raise RequestError(415, f"{what} {base[:80]!r} is not of a readable format; send {', '.join(suffixes)}.")
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse
 
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
-from segqc.server.names import check_file_name
+from segqc.server.names import check_file_name, split_suffix
 from segqc.server.parameters import MAX_COUNT
 from segqc.server.routers.dependencies import check_received, known_session
 from segqc.store.records import JsonObject
@@ -33,6 +33,8 @@ def create_session(
     names = [check_file_name(f.filename) for f in files]
     if len(set(names)) < len(names):
         raise RequestError(400, "each file of a session needs a name of its own.")
+    if len(names) == 1:
+        names = ["".join(split_suffix(names[0], "the scan"))]
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         series = Path(folder) / "series"
         series.mkdir()
