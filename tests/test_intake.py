@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from segqc.loop.dataset import Dataset, DatasetError
-from segqc.loop.submission import submit_label
+from segqc.loop.submission import Opened, submit_label
 from segqc.selection import sequential
 from segqc.store import assessments, files, labels, leases, scans
 from segqc.store import sync as folder_module
@@ -294,6 +294,79 @@ def test_a_label_that_is_saved_while_the_folder_is_gone_removes_no_other(dataset
     assert final(folder, "scan_0").read_bytes() == before
     assert [len(history(dataset, f"scan_{i}")) for i in range(3)] == [1, 2, 1]
     assert check(dataset.store) == []
+
+
+@pytest.mark.parametrize("other", [None, "README", ".DS_Store"])
+def test_a_folder_that_is_empty_as_a_disk_that_is_not_mounted_removes_no_label(
+    dataset: Dataset, folder: Path, other: str | None
+) -> None:
+    for scan in ("scan_0", "scan_1"):
+        submit(dataset, scan)
+    dataset.store.review("scan_0", "approved", BERT)
+    before = final(folder, "scan_0").read_bytes()
+    (folder / "labels/final").rename(folder / "disk")
+    (folder / "labels/final").mkdir()
+    if other is not None:
+        (folder / "labels/final" / other).touch()
+    for _ in range(2):
+        assert [*states(dataset).values()] == ["approved", "submitted", "unlabelled"]
+        found = {finding.file: finding.sentence for finding in dataset.findings()}
+        assert "2 labels stay" in found["labels/final"]
+    submit(dataset, "scan_2")
+    assert final(folder, "scan_0").read_bytes() == before
+    assert [*states(dataset).values()] == ["approved", "submitted", "submitted"]
+    assert "labels/final" not in {finding.file for finding in dataset.findings()}
+    assert [len(history(dataset, f"scan_{i}")) for i in range(3)] == [1, 1, 1]
+    assert not any(finding.is_damage for finding in check(dataset.store))
+
+
+def test_labels_are_removed_one_after_another_to_the_last(dataset: Dataset, folder: Path) -> None:
+    for scan in ("scan_0", "scan_1", "scan_2"):
+        submit(dataset, scan)
+    for scan in ("scan_0", "scan_1"):
+        final(folder, scan).unlink()
+    assert [*states(dataset).values()] == ["unlabelled", "unlabelled", "submitted"]
+    final(folder, "scan_2").unlink()
+    assert set(states(dataset).values()) == {"unlabelled"}
+    assert dataset.findings() == []
+
+
+def test_the_only_label_is_removed_though_another_is_saved_at_once(dataset: Dataset, folder: Path) -> None:
+    submit(dataset, "scan_0")
+    final(folder, "scan_0").unlink()
+    submit(dataset, "scan_1")
+    assert [*states(dataset).values()] == ["unlabelled", "submitted", "unlabelled"]
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_a_label_that_comes_back_is_what_it_was(dataset: Dataset, folder: Path, is_removed: bool) -> None:
+    mask = draw_case(0)[1]
+    looked_at = Opened((2, 3), None)
+    first = submit_label(dataset, "scan_0", mask, "final", ANNA, opened=looked_at).label
+    assert first.checked_slices == (2, 3)
+    content = final(folder, "scan_0").read_bytes()
+    if is_removed:
+        final(folder, "scan_0").unlink()
+    else:
+        submit(dataset, "scan_0", 1, BERT)
+    dataset.refresh()
+    final(folder, "scan_0").write_bytes(content)
+    assert states(dataset)["scan_0"] == "submitted"
+    last = history(dataset, "scan_0")[-1]
+    assert (last.source, last.parent, last.sha256) == ("restored", first.id, first.sha256)
+    assert last.checked_slices == (2, 3), "nobody has looked at the others"
+
+
+def test_a_segmentation_that_comes_back_is_what_it_was(dataset: Dataset, folder: Path) -> None:
+    path = final(folder, "scan_0", ".seg.nrrd")
+    write_segmentation(path)
+    dataset.refresh()
+    path.rename(folder / "away")
+    dataset.refresh()
+    (folder / "away").rename(path)
+    dataset.refresh()
+    first, _, last = history(dataset, "scan_0")
+    assert (last.source, last.parent, last.submitted_sha256) == ("restored", first.id, first.submitted_sha256)
 
 
 @pytest.mark.parametrize("name", [b"a\nb.nii.gz", b"a\x1b[31m.nii.gz", b"labels/final/\xff.nii.gz"])

@@ -24,7 +24,7 @@ from typing import Final
 from pydantic import TypeAdapter
 
 from segqc.text import nfc
-from segqc.volumes import LABEL_SUFFIXES, as_spelled, atomic_write, sync
+from segqc.volumes import LABEL_SUFFIXES, as_spelled, atomic_write, label_suffix, sync
 
 _CHUNK: Final = 1 << 20
 _CLOCK_TICK_NS: Final = 50_000_000
@@ -305,6 +305,14 @@ class LabelFiles:
         """All kept files."""
         if self.objects.is_dir():
             yield from (path for path in sorted(self.objects.rglob("*")) if path.is_file())
+
+
+def holds_labels(folder: Path) -> bool:
+    """Whether a tag's folder is there and holds a file of labels; one that does not may just not be mounted."""
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as found:
+        return any(label_suffix(entry.name) is not None for entry in found if not entry.name.startswith("."))
 
 
 @contextlib.contextmanager
