@@ -82,6 +82,20 @@ def test_a_removed_scan_is_excluded_and_stays_where_it_is(folder: Path, store: S
         store.remove_image("nobody")
 
 
+def test_a_scan_whose_file_is_back_is_there_before_the_next_look(
+    folder: Path, tmp_path: Path, store: StoreDatastore, label: Path
+) -> None:
+    scan = folder / "scan_0.nii.gz"
+    scan.rename(tmp_path / "away.nii.gz")
+    store.refresh()
+    assert not store.has_image("scan_0")
+    scan.write_bytes(b"not yet copied as a whole")
+    assert not store.has_image("scan_0")
+    (tmp_path / "away.nii.gz").rename(scan)
+    with acting(ANNA):
+        assert store.save_label("scan_0", str(label), "final", {}) == "scan_0"
+
+
 def test_an_image_can_be_added(store: StoreDatastore, folder: Path) -> None:
     assert store.add_image("new.v2", str(folder / "scan_0.nii.gz"), {"from": "a test"}) == "new.v2"
     assert Path(store.get_image_uri("new.v2")).read_bytes() == (folder / "scan_0.nii.gz").read_bytes()

@@ -159,6 +159,8 @@ class StoreDatastore(Datastore):
             try:
                 with self._store.read() as transaction:
                     scan = scans.get(transaction, name)
+                if scan.missing_since is not None and (self._dataset.folder / scan.file).is_file():
+                    scan = self._dataset.verify(scan)  # it came back since the last look
             except UnknownScan:
                 continue
             if scan.state != "excluded" and scan.missing_since is None:
