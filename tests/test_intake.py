@@ -320,6 +320,18 @@ def test_a_folder_that_is_empty_as_a_disk_that_is_not_mounted_removes_no_label(
     assert not any(finding.is_damage for finding in check(dataset.store))
 
 
+@pytest.mark.parametrize("year", [1600, 1930, 2413])
+def test_a_file_of_any_date_keeps_no_other_out(dataset: Dataset, folder: Path, tmp_path: Path, year: int) -> None:
+    for name in ("scan_0", "scan_1"):
+        final(folder, name).write_bytes(label_bytes(tmp_path))
+    seconds = int((year - 1970) * 365.2425 * 86400)
+    for path in (final(folder, "scan_0"), folder / "scan_0.nii.gz"):
+        os.utime(path, (seconds, seconds))
+    for _ in range(2):
+        assert [*states(dataset).values()] == ["submitted", "submitted", "unlabelled"]
+    assert [len(history(dataset, f"scan_{i}")) for i in range(2)] == [1, 1]
+
+
 def test_labels_are_removed_one_after_another_to_the_last(dataset: Dataset, folder: Path) -> None:
     for scan in ("scan_0", "scan_1", "scan_2"):
         submit(dataset, scan)

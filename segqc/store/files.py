@@ -29,6 +29,7 @@ from segqc.volumes import LABEL_SUFFIXES, as_spelled, atomic_write, label_suffix
 _CHUNK: Final = 1 << 20
 _CLOCK_TICK_NS: Final = 50_000_000
 _PAST_NS: Final = 1_000_000_000
+_FURTHEST_NS: Final = 2**63 - 1  # from 1970; in the year 2262
 _SURELY_OVER_SECONDS: Final = 3600.0
 _WAITING: Final = ("object", "source")  # the names of new contents, in the order of `Plan.contents`
 
@@ -65,6 +66,11 @@ class FileState:
 
     size: int
     modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        """That of a file whose status was asked for; a time that no database keeps counts as the nearest one."""
+        return cls(status.st_size, max(-_FURTHEST_NS, min(status.st_mtime_ns, _FURTHEST_NS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,8 +375,7 @@ def raw_signature(status: os.stat_result) -> str:
 
 def state_of(path: Path) -> FileState:
     """Size and time of a file."""
-    status = path.stat()
-    return FileState(status.st_size, status.st_mtime_ns)
+    return FileState.of(path.stat())
 
 
 def sha256_of(path: Path) -> str:

@@ -56,8 +56,8 @@ def sync_labels(store: Store, folder: Path, noted: Mapping[str, Finding], stop: 
         if name != printable(name):
             unreadable[printable(name)] = UNPRINTABLE
             continue
-        states[name] = FileState(status.st_size, status.st_mtime_ns)
-        if labels.view_mark(f"{tag}/{name}", status.st_size, status.st_mtime_ns) in marks:
+        state = states[name] = FileState.of(status)
+        if labels.view_mark(f"{tag}/{name}", state.size, state.modified_ns) in marks:
             settled += 1
             if own and f"labels/{tag}/{name}" in own:
                 passed.add(f"labels/{tag}/{name}")  # a good one was written in its place
