@@ -26,7 +26,7 @@ from segqc.store.leases import LeaseRules
 from segqc.store.maintenance import check
 from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.store.scans import ScanReplaced
-from segqc.store.store import Store
+from segqc.store.store import LabelChange, Store
 from segqc.store.sync import ScanExists, sync
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
 from tests.server_kit import (
@@ -330,6 +330,32 @@ def test_a_file_of_any_date_keeps_no_other_out(dataset: Dataset, folder: Path, t
     for _ in range(2):
         assert [*states(dataset).values()] == ["submitted", "submitted", "unlabelled"]
     assert [len(history(dataset, f"scan_{i}")) for i in range(2)] == [1, 1]
+
+
+@pytest.mark.parametrize("is_edit", [True, False])
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_a_file_that_holds_what_is_submitted_is_left_as_it_is(
+    dataset: Dataset, folder: Path, tmp_path: Path, is_edit: bool, is_refused: bool
+) -> None:
+    if is_edit:
+        submit(dataset, "scan_0", 1)
+    content = label_bytes(tmp_path)
+    final(folder, "scan_0").write_bytes(content)  # as whoever saves it there, and submits it, too
+    change = LabelChange(NewLabel("scan_0", "final", "annotator", BERT), tmp_path / "made.nii.gz")
+    if is_refused:
+        with pytest.raises(ZeroDivisionError), dataset.store.change_labels([change]):
+            raise ZeroDivisionError
+        assert final(folder, "scan_0").read_bytes() == content
+    else:
+        with dataset.store.change_labels([change]):
+            pass
+    assert states(dataset)["scan_0"] == "submitted"
+    saved = [] if is_refused else [("annotator", sha256_of(final(folder, "scan_0")))]
+    assert [(v.source, v.sha256) for v in history(dataset, "scan_0")[is_edit:]] == [
+        ("import", sha256_of(final(folder, "scan_0"))), *saved,
+    ]  # fmt: skip
+    assert final(folder, "scan_0").read_bytes() == content
+    assert check(dataset.store) == []
 
 
 def test_labels_are_removed_one_after_another_to_the_last(dataset: Dataset, folder: Path) -> None:

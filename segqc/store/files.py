@@ -305,6 +305,10 @@ class LabelFiles:
         for sha256, suffix in arrival.plan.contents():
             if sha256 not in keep:
                 self.object_path(sha256, suffix).unlink(missing_ok=True)
+        self.drop(arrival)
+
+    def drop(self, arrival: Arrival) -> None:
+        """Clean up after an arrival of which nothing was put into place."""
         shutil.rmtree(arrival.folder, ignore_errors=True)
 
     def all_objects(self) -> Iterator[Path]:

@@ -404,6 +404,7 @@ class Store:
             _Unseen: at the beginning, if there are more edits.
         """
         arrivals: list[Arrival] = []
+        is_moving = False
         with contextlib.ExitStack() as stack:
             for change in changes:
                 suffix = suffix_of(change.source) if change.source is not None else None
@@ -422,6 +423,7 @@ class Store:
                     versions = changing.all_versions
                     transaction.flush()  # what the constraints refuse is refused before files move
                     self._bring_back(transaction, changes)
+                    is_moving = True
                     for number, (change, version, arrival) in enumerate(zip(changes, versions, arrivals, strict=True)):
                         # an edit's file goes with the others when the change that it precedes is put
                         key = (change.label.scan, change.label.tag)
@@ -431,7 +433,10 @@ class Store:
                 for arrival in sorted(arrivals, key=lambda arrival: arrival.plan.found is not None):
                     # a full disk may forbid even this: what stays behind is settled when the store is opened next
                     with contextlib.suppress(OSError, StoreError):
-                        self._settle(arrival)
+                        if is_moving:
+                            self._settle(arrival)
+                        else:  # a file that holds the same as an arrival is somebody's
+                            self.files.drop(arrival)
                 raise
             self.files.sync(arrivals)
 
