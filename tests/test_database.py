@@ -180,6 +180,29 @@ def test_a_lost_database_is_not_made_anew(filled: Store, is_there: bool) -> None
     assert _contents(filled.dataset) == before
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_nothing_is_written_into_a_database_that_is_not_at_its_place(tmp_path: Path, is_replaced: bool) -> None:
+    folder = tmp_path / "studies"
+    make_scans(folder, 2)
+    store = Store.open(folder)
+    sync_scans(store)
+    path, aside = folder / "segqc" / "store.sqlite", tmp_path / "aside.sqlite"
+    path.rename(aside)
+    if is_replaced:
+        shutil.copyfile(aside, path)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="put in its place"):
+            save_final(store, tmp_path, "scan_0", 3)
+        with pytest.raises(StoreUnavailable, match="put in its place"), store.read() as transaction:
+            scans.names(transaction)
+    assert not (folder / "labels").exists()
+    aside.replace(path)
+    save_final(store, tmp_path, "scan_0", 3)
+    store.close()
+    with Store.open(folder).read() as transaction:
+        assert len(labels.history(transaction, "scan_0")) == 1
+
+
 def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
     (tmp_path / "segqc").mkdir()
     (tmp_path / "segqc" / "store.sqlite").touch()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from segqc.loop.dataset import Dataset, DatasetError
-from segqc.loop.submission import submit_label
+from segqc.loop.submission import Opened, submit_label
 from segqc.selection import sequential
 from segqc.store import assessments, files, labels, leases, scans
 from segqc.store import sync as folder_module
@@ -26,7 +26,7 @@ from segqc.store.leases import LeaseRules
 from segqc.store.maintenance import check
 from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.store.scans import ScanReplaced
-from segqc.store.store import Store
+from segqc.store.store import LabelChange, Store
 from segqc.store.sync import ScanExists, sync
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
 from tests.server_kit import (
@@ -294,6 +294,117 @@ def test_a_label_that_is_saved_while_the_folder_is_gone_removes_no_other(dataset
     assert final(folder, "scan_0").read_bytes() == before
     assert [len(history(dataset, f"scan_{i}")) for i in range(3)] == [1, 2, 1]
     assert check(dataset.store) == []
+
+
+@pytest.mark.parametrize("other", [None, "README", ".DS_Store"])
+def test_a_folder_that_is_empty_as_a_disk_that_is_not_mounted_removes_no_label(
+    dataset: Dataset, folder: Path, other: str | None
+) -> None:
+    for scan in ("scan_0", "scan_1"):
+        submit(dataset, scan)
+    dataset.store.review("scan_0", "approved", BERT)
+    before = final(folder, "scan_0").read_bytes()
+    (folder / "labels/final").rename(folder / "disk")
+    (folder / "labels/final").mkdir()
+    if other is not None:
+        (folder / "labels/final" / other).touch()
+    for _ in range(2):
+        assert [*states(dataset).values()] == ["approved", "submitted", "unlabelled"]
+        found = {finding.file: finding.sentence for finding in dataset.findings()}
+        assert "2 labels stay" in found["labels/final"]
+    submit(dataset, "scan_2")
+    assert final(folder, "scan_0").read_bytes() == before
+    assert [*states(dataset).values()] == ["approved", "submitted", "submitted"]
+    assert "labels/final" not in {finding.file for finding in dataset.findings()}
+    assert [len(history(dataset, f"scan_{i}")) for i in range(3)] == [1, 1, 1]
+    assert not any(finding.is_damage for finding in check(dataset.store))
+
+
+@pytest.mark.parametrize("year", [1600, 1930, 2413])
+def test_a_file_of_any_date_keeps_no_other_out(dataset: Dataset, folder: Path, tmp_path: Path, year: int) -> None:
+    for name in ("scan_0", "scan_1"):
+        final(folder, name).write_bytes(label_bytes(tmp_path))
+    seconds = int((year - 1970) * 365.2425 * 86400)
+    for path in (final(folder, "scan_0"), folder / "scan_0.nii.gz"):
+        os.utime(path, (seconds, seconds))
+    for _ in range(2):
+        assert [*states(dataset).values()] == ["submitted", "submitted", "unlabelled"]
+    assert [len(history(dataset, f"scan_{i}")) for i in range(2)] == [1, 1]
+
+
+@pytest.mark.parametrize("is_edit", [True, False])
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_a_file_that_holds_what_is_submitted_is_left_as_it_is(
+    dataset: Dataset, folder: Path, tmp_path: Path, is_edit: bool, is_refused: bool
+) -> None:
+    if is_edit:
+        submit(dataset, "scan_0", 1)
+    content = label_bytes(tmp_path)
+    final(folder, "scan_0").write_bytes(content)  # as whoever saves it there, and submits it, too
+    change = LabelChange(NewLabel("scan_0", "final", "annotator", BERT), tmp_path / "made.nii.gz")
+    if is_refused:
+        with pytest.raises(ZeroDivisionError), dataset.store.change_labels([change]):
+            raise ZeroDivisionError
+        assert final(folder, "scan_0").read_bytes() == content
+    else:
+        with dataset.store.change_labels([change]):
+            pass
+    assert states(dataset)["scan_0"] == "submitted"
+    saved = [] if is_refused else [("annotator", sha256_of(final(folder, "scan_0")))]
+    assert [(v.source, v.sha256) for v in history(dataset, "scan_0")[is_edit:]] == [
+        ("import", sha256_of(final(folder, "scan_0"))), *saved,
+    ]  # fmt: skip
+    assert final(folder, "scan_0").read_bytes() == content
+    assert check(dataset.store) == []
+
+
+def test_labels_are_removed_one_after_another_to_the_last(dataset: Dataset, folder: Path) -> None:
+    for scan in ("scan_0", "scan_1", "scan_2"):
+        submit(dataset, scan)
+    for scan in ("scan_0", "scan_1"):
+        final(folder, scan).unlink()
+    assert [*states(dataset).values()] == ["unlabelled", "unlabelled", "submitted"]
+    final(folder, "scan_2").unlink()
+    assert set(states(dataset).values()) == {"unlabelled"}
+    assert dataset.findings() == []
+
+
+def test_the_only_label_is_removed_though_another_is_saved_at_once(dataset: Dataset, folder: Path) -> None:
+    submit(dataset, "scan_0")
+    final(folder, "scan_0").unlink()
+    submit(dataset, "scan_1")
+    assert [*states(dataset).values()] == ["unlabelled", "submitted", "unlabelled"]
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_a_label_that_comes_back_is_what_it_was(dataset: Dataset, folder: Path, is_removed: bool) -> None:
+    mask = draw_case(0)[1]
+    looked_at = Opened((2, 3), None)
+    first = submit_label(dataset, "scan_0", mask, "final", ANNA, opened=looked_at).label
+    assert first.checked_slices == (2, 3)
+    content = final(folder, "scan_0").read_bytes()
+    if is_removed:
+        final(folder, "scan_0").unlink()
+    else:
+        submit(dataset, "scan_0", 1, BERT)
+    dataset.refresh()
+    final(folder, "scan_0").write_bytes(content)
+    assert states(dataset)["scan_0"] == "submitted"
+    last = history(dataset, "scan_0")[-1]
+    assert (last.source, last.parent, last.sha256) == ("restored", first.id, first.sha256)
+    assert last.checked_slices == (2, 3), "nobody has looked at the others"
+
+
+def test_a_segmentation_that_comes_back_is_what_it_was(dataset: Dataset, folder: Path) -> None:
+    path = final(folder, "scan_0", ".seg.nrrd")
+    write_segmentation(path)
+    dataset.refresh()
+    path.rename(folder / "away")
+    dataset.refresh()
+    (folder / "away").rename(path)
+    dataset.refresh()
+    first, _, last = history(dataset, "scan_0")
+    assert (last.source, last.parent, last.submitted_sha256) == ("restored", first.id, first.submitted_sha256)
 
 
 @pytest.mark.parametrize("name", [b"a\nb.nii.gz", b"a\x1b[31m.nii.gz", b"labels/final/\xff.nii.gz"])

@@ -14,7 +14,7 @@ from segqc.quality.metrics import true_metrics, true_slice_metrics
 from segqc.selection import segqc as worst_first
 from segqc.store import corrections, events, labels, leases, scans
 from segqc.store.database import StoreError
-from segqc.store.records import Actor
+from segqc.store.records import Actor, ScanState
 from segqc.types import Structure
 from segqc.volumes import Volume, VolumeError, read_labels, write_labels
 from tests.server_kit import AFFINE, SHAPE, assess, draw_case, make_dataset
@@ -47,6 +47,28 @@ def hand_out(dataset: Dataset, actor: Actor) -> str:
         lease = leases.acquire(transaction, actor, "segqc", worst_first.order, dataset.settings.annotation)
     assert lease is not None
     return lease.scan
+
+
+@pytest.mark.parametrize("decision", ["rejected", "unlabelled"])
+def test_who_submitted_a_scan_takes_it_up_again_once_it_waits_again(tmp_path: Path, decision: ScanState) -> None:
+    dataset = Dataset(make_dataset(tmp_path / "alone", scans=2, finals=0))
+    dataset.refresh()
+    rules = dataset.settings.annotation
+
+    def resume() -> str:
+        with dataset.store.write() as transaction:
+            return leases.resume(transaction, scan, ANNA, rules).scan
+
+    scan = hand_out(dataset, ANNA)
+    submit_label(dataset, scan, shifted(0, 0), "final", ANNA)
+    with pytest.raises(StoreError, match="submitted by 'anna' already"):
+        resume()
+    dataset.store.review(scan, decision, BERT, "again")
+    assert resume() == scan
+    submit_label(dataset, scan, shifted(0, 1), "final", ANNA)
+    with pytest.raises(StoreError, match="submitted by 'anna' already"):
+        resume()
+    dataset.store.close()
 
 
 def shifted(index: int, by: int) -> Volume:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,38 @@ def test_a_removed_scan_is_excluded_and_stays_where_it_is(folder: Path, store: S
     assert (folder / "scan_2.nii.gz").is_file()
     with pytest.raises(ImageNotFoundException):
         store.remove_image("nobody")
+
+
+def test_a_scan_whose_file_is_back_is_there_before_the_next_look(
+    folder: Path, tmp_path: Path, store: StoreDatastore, label: Path
+) -> None:
+    scan = folder / "scan_0.nii.gz"
+    scan.rename(tmp_path / "away.nii.gz")
+    store.refresh()
+    assert not store.has_image("scan_0")
+    scan.write_bytes(b"not yet copied as a whole")
+    assert not store.has_image("scan_0")
+    (tmp_path / "away.nii.gz").rename(scan)
+    with acting(ANNA):
+        assert store.save_label("scan_0", str(label), "final", {}) == "scan_0"
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_label_is_handed_on_with_its_own_scan_only(
+    folder: Path, store: StoreDatastore, label: Path, is_replaced: bool
+) -> None:
+    with acting(ANNA):
+        store.save_label("scan_1", str(label), "final", {})
+        store.save_label("scan_2", str(label), "final", {})
+    (folder / "scan_0.nii.gz").unlink()
+    if is_replaced:
+        write_scan(draw_case(7)[0], folder / "scan_0.nii.gz")
+    os.utime(folder / "scan_1.nii.gz", (0, 0))
+    assert [Path(pair["image"]).name for pair in store.datalist()] == ["scan_1.nii.gz", "scan_2.nii.gz"]
+    with zipfile.ZipFile(store.get_dataset_archive(None)) as archive:
+        assert sorted(archive.namelist()) == [
+            "labels/final/scan_1.nii.gz", "labels/final/scan_2.nii.gz", "scan_1.nii.gz", "scan_2.nii.gz",
+        ]  # fmt: skip
 
 
 def test_an_image_can_be_added(store: StoreDatastore, folder: Path) -> None:

@@ -977,3 +977,28 @@ def test_an_upload_never_takes_a_files_place(client: TestClient, base: Path, tmp
     assert answer.status_code == 409
     assert "'scan_1'" in answer.json()["detail"]
     assert files_below(base) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "address", "fields"),
+    [
+        ("PUT", "/datastore/label?image=scan_1&image=scan_2", [("params", "{}")]),
+        ("GET", "/datastore/label?label=scan_0&tag=final&tag=original", []),
+        ("GET", "/scans/scan_0?slice=1&slice=2", []),
+        ("PUT", "/datastore/label?image=scan_1", [("params", "{}"), ("params", '{"simulated": true}')]),
+        ("POST", "/scans", [("scan", "scan_0"), ("scan", "scan_1"), ("decision", "approve"), ("decision", "exclude")]),
+        ("PUT", "/datastore/label/info?label=scan_0&tag=final", [("info", "{}"), ("info", '{"a": 1}')]),
+    ],
+)
+def test_a_field_with_two_values_is_no_guess(
+    client: TestClient, method: str, address: str, fields: list[tuple[str, str]]
+) -> None:
+    parts: list[tuple[str, Any]] = [(name, (None, value)) for name, value in fields]
+    if address.startswith("/datastore/label?image"):
+        parts.append(("label", ("m.nii.gz", b"nobody reads it", "application/gzip")))
+    answer = client.request(method, address, files=parts or None)
+    assert (answer.status_code, "twice" in answer.json()["detail"]) == (400, True), answer.text
+
+
+def test_a_field_that_is_said_twice_alike_is_one(client: TestClient) -> None:
+    assert client.get("/datastore/label?label=scan_0&tag=final&tag=final").status_code == 200

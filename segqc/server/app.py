@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import anyio
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -52,6 +52,7 @@ from segqc.server.ohif.viewer import find_viewer
 from segqc.server.pages.page import error_page, wants_page
 from segqc.server.pages.routes import PAGES
 from segqc.server.routers import ROUTERS, dicomweb_routers
+from segqc.server.sent_once import check_sent_once
 from segqc.settings import AuthSettings, ServerSettings, SettingsError, load_settings
 from segqc.text import first_problem
 
@@ -108,6 +109,7 @@ def create_app() -> FastAPI:
         redoc_url=None,
         lifespan=_lifespan,
         redirect_slashes=False,
+        dependencies=[Depends(check_sent_once)],
         responses={"4XX": {"description": "Refused", "model": Refusal}},
         form_limits={"max_files": 4096, "max_fields": 16, "max_part_size": 1_000_000},
     )

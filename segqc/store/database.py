@@ -249,6 +249,7 @@ class Database:
         self._shown = shown
         self._write_lock = FairLock()
         self._breaker = CircuitBreaker(_PAUSE_SECONDS, 2 * patience_seconds)
+        self._inode: int | None = None  # of the SQLite file, since the first transaction
         self.is_writable = not self.is_sqlite or _is_writable(Path(str(self.url.database)))
         self.engine = _engine(self.url, patience_seconds) if self.is_writable else _read_only_engine(self.url)
 
@@ -297,11 +298,32 @@ class Database:
             connection.begin()
             # a reader that turns writer can meet "database is locked" whatever the timeout: say at once who writes
             connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+            self._check_in_place()
         elif write:
             connection.execute(_TAKE_WRITER_LOCK, {"key": _WRITER_LOCK})
         else:
             # it shows each statement another state unless told otherwise; writers hold a lock and need the newest
             connection.execution_options(isolation_level="REPEATABLE READ")
+
+    def _check_in_place(self) -> None:
+        """Refuse to go on where the SQLite file that is open is not the one at its place any more.
+
+        What is written into one that was removed or replaced (by a copy of a backup, say) would be lost with the
+        process, and SQLite does not look with a write-ahead log.
+        """
+        if not self.is_writable:
+            return
+        try:
+            inode = os.stat(str(self.url.database)).st_ino
+        except FileNotFoundError:
+            inode = None
+        if self._inode is None:
+            self._inode = inode
+        elif inode != self._inode:
+            raise StoreUnavailable(
+                f"{self.shown}: the database is gone, or another file was put in its place while it was in use, and "
+                "nothing is written; put it back, or stop segqc and start it again"
+            )
 
     @contextlib.contextmanager
     def _as_store_errors(self) -> Iterator[None]:

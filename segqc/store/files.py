@@ -24,11 +24,12 @@ from typing import Final
 from pydantic import TypeAdapter
 
 from segqc.text import nfc
-from segqc.volumes import LABEL_SUFFIXES, as_spelled, atomic_write, sync
+from segqc.volumes import LABEL_SUFFIXES, as_spelled, atomic_write, label_suffix, sync
 
 _CHUNK: Final = 1 << 20
 _CLOCK_TICK_NS: Final = 50_000_000
 _PAST_NS: Final = 1_000_000_000
+_FURTHEST_NS: Final = 2**63 - 1  # from 1970; in the year 2262
 _SURELY_OVER_SECONDS: Final = 3600.0
 _WAITING: Final = ("object", "source")  # the names of new contents, in the order of `Plan.contents`
 
@@ -65,6 +66,11 @@ class FileState:
 
     size: int
     modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        """That of a file whose status was asked for; a time that no database keeps counts as the nearest one."""
+        return cls(status.st_size, max(-_FURTHEST_NS, min(status.st_mtime_ns, _FURTHEST_NS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,12 +305,24 @@ class LabelFiles:
         for sha256, suffix in arrival.plan.contents():
             if sha256 not in keep:
                 self.object_path(sha256, suffix).unlink(missing_ok=True)
+        self.drop(arrival)
+
+    def drop(self, arrival: Arrival) -> None:
+        """Clean up after an arrival of which nothing was put into place."""
         shutil.rmtree(arrival.folder, ignore_errors=True)
 
     def all_objects(self) -> Iterator[Path]:
         """All kept files."""
         if self.objects.is_dir():
             yield from (path for path in sorted(self.objects.rglob("*")) if path.is_file())
+
+
+def holds_labels(folder: Path) -> bool:
+    """Whether a tag's folder is there and holds a file of labels; one that does not may just not be mounted."""
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as found:
+        return any(label_suffix(entry.name) is not None for entry in found if not entry.name.startswith("."))
 
 
 @contextlib.contextmanager
@@ -361,8 +379,7 @@ def raw_signature(status: os.stat_result) -> str:
 
 def state_of(path: Path) -> FileState:
     """Size and time of a file."""
-    status = path.stat()
-    return FileState(status.st_size, status.st_mtime_ns)
+    return FileState.of(path.stat())
 
 
 def sha256_of(path: Path) -> str:

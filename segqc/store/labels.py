@@ -475,6 +475,14 @@ def has_content(transaction: Transaction, scan: str, tag: str, sha256: str) -> b
     return transaction.scalar(query.limit(1)) is not None
 
 
+def last_with_content(transaction: Transaction, scan: str, tag: str, sha256: str) -> LabelRecord | None:
+    """The last version of a scan's label under a tag that has this content, or was read from it; None without one."""
+    query = _records().where(IS_LABEL, Scan.name == scan, LabelVersion.tag == tag)
+    query = query.where(or_(LabelVersion.sha256 == sha256, LabelVersion.submitted_sha256 == sha256))
+    row = transaction.rows(query.order_by(LabelVersion.id.desc()).limit(1)).first()
+    return None if row is None else _record(row)
+
+
 def contents(transaction: Transaction) -> Iterator[tuple[str, str]]:
     """Address and suffix of all content that versions speak of, also of the files that they were read from."""
     for address, end in (

@@ -337,7 +337,7 @@ def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules)
     """Hand a scan out again to an annotator who had it and did not submit it; what this one has instead is released.
 
     It stays the same lease, with the draw that it came by: one draw is one lease. Who has submitted the scan gets it
-    again, with a lease of its own, where a reviewer has rejected the label since: the scan waits for its correction.
+    again, with a lease of its own, where a reviewer has rejected or reopened it since: it waits for its correction.
 
     Raises:
         UnknownScan: if there is no such scan.
@@ -349,7 +349,7 @@ def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules)
         return get(transaction, row.id)
     there = transaction.get_one(Scan, row.scan_id)
     is_answered = row.state == "submitted"
-    if is_answered and (there.state != "rejected" or _is_read_again(row, there, rules)):
+    if is_answered and row.closed_at is not None and row.closed_at >= there.opened_at:
         raise StoreError(f"the scan {scan!r} was submitted by {actor.name!r} already")
     if there.queue is None:
         raise StoreError(f"the scan {scan!r} does not wait for a label any more")
@@ -363,7 +363,8 @@ def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules)
     transaction.flush()
     if is_answered:
         again = Choice(row.scan_id)
-        return _open(transaction, actor, row.actor_id, row.strategy, "rejected", None, again, rules)
+        draw: Draw = "rejected" if there.state == "rejected" else "strategy"
+        return _open(transaction, actor, row.actor_id, row.strategy, draw, None, again, rules)
     begun = _begin(transaction, row.scan_id, actor, rules)
     row.state, row.handed_out_at, row.closed_at = "open", transaction.now, None
     row.slot, row.expires_at = begun.slot, begun.expires_at
@@ -373,11 +374,6 @@ def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules)
     transaction.flush()
     events.record(transaction, actor, "resumed", "scan", row.scan_id, {"lease": row.id})
     return get(transaction, row.id)
-
-
-def _is_read_again(row: LeaseRow, scan: Scan, rules: LeaseRules) -> bool:
-    """Whether one of several readers has submitted a rejected scan since it waits again."""
-    return rules.readers > 1 and row.closed_at is not None and row.closed_at >= scan.opened_at
 
 
 def _last(transaction: Transaction, scan: str, actor: Actor) -> LeaseRow:

@@ -32,7 +32,17 @@ from segqc.store.database import (
     utc_now,
 )
 from segqc.store.events import FOLDER, SERVER
-from segqc.store.files import Arrival, FoundLabel, LabelFiles, Plan, appearing, contents_of, sha256_of, state_of
+from segqc.store.files import (
+    Arrival,
+    FoundLabel,
+    LabelFiles,
+    Plan,
+    appearing,
+    contents_of,
+    holds_labels,
+    sha256_of,
+    state_of,
+)
 from segqc.store.intake import AnyContent, Intake
 from segqc.store.labels import FINAL, PROPOSAL, PSEUDO, RETURNED, NewLabel
 from segqc.store.records import Actor, LabelRecord, ScanRecord, ScanState
@@ -394,6 +404,7 @@ class Store:
             _Unseen: at the beginning, if there are more edits.
         """
         arrivals: list[Arrival] = []
+        is_moving = False
         with contextlib.ExitStack() as stack:
             for change in changes:
                 suffix = suffix_of(change.source) if change.source is not None else None
@@ -412,6 +423,7 @@ class Store:
                     versions = changing.all_versions
                     transaction.flush()  # what the constraints refuse is refused before files move
                     self._bring_back(transaction, changes)
+                    is_moving = True
                     for number, (change, version, arrival) in enumerate(zip(changes, versions, arrivals, strict=True)):
                         # an edit's file goes with the others when the change that it precedes is put
                         key = (change.label.scan, change.label.tag)
@@ -421,7 +433,10 @@ class Store:
                 for arrival in sorted(arrivals, key=lambda arrival: arrival.plan.found is not None):
                     # a full disk may forbid even this: what stays behind is settled when the store is opened next
                     with contextlib.suppress(OSError, StoreError):
-                        self._settle(arrival)
+                        if is_moving:
+                            self._settle(arrival)
+                        else:  # a file that holds the same as an arrival is somebody's
+                            self.files.drop(arrival)
                 raise
             self.files.sync(arrivals)
 
@@ -452,17 +467,22 @@ class Store:
         return found
 
     def _bring_back(self, transaction: Transaction, changes: Sequence[LabelChange]) -> None:
-        """Show the other labels of a tag again whose whole folder is gone, before a file is written into a new one.
+        """Show the other labels of a tag again whose folder is gone or emptied, before a file is written into it.
 
-        A folder that is gone may just not be mounted. One that came back with a single file would look as if somebody
-        had removed all others. Pseudo-labels do go with their folder.
+        It may just not be mounted (`holds_labels`). One that came back with a single file would look as if
+        somebody had removed all others.
         """
         written = {(c.label.scan, c.label.tag) for c in changes if c.is_shown and c.found is None and c.source}
         for tag in {tag for _, tag in written} - {PSEUDO}:
             folder = self.files.views / tag
-            if folder.is_dir() or not (shown := labels.views(transaction, tag)):
+            if holds_labels(folder) or not (shown := labels.views(transaction, tag)):
                 continue
-            logger.warning("labels/%s is gone; its %d labels are shown in a new folder", tag, len(shown))
+            if folder.is_dir():
+                if len(shown) == 1:
+                    continue  # somebody has removed it
+                with contextlib.suppress(OSError):  # it is mounted, or holds other files
+                    folder.rmdir()
+            logger.warning("labels/%s is gone or empty; its %d labels are shown there again", tag, len(shown))
             with appearing(folder) as new:
                 for file, view in shown.items():
                     label = labels.get(transaction, view.version)
@@ -507,13 +527,21 @@ class Store:
         """
         copy, found = self._copied(tag, name, work)
         content = self.intake.labels(copy, self.scan_file(scan), f"labels/{tag}/{name}")
-        label = NewLabel(scan.name, tag, "import", FOLDER)
+        label = self._label_of_content(scan.name, tag, sha256_of(copy))
         end = name[len(label_id(name)) :]
         if content.is_plain and end in SCAN_SUFFIXES:  # what everybody reads by its values
             return LabelChange(label, copy, found)
         read = copy.with_name(f"{uuid.uuid4().hex}.nii.gz")
         write_labels(content.labels, read)
         return LabelChange(label, read, replace(found, source=copy, submitted_suffix=end))
+
+    def _label_of_content(self, scan: str, tag: str, sha256: str) -> NewLabel:
+        """What is known of a file that a person put there: it may be an earlier version's, and come from a backup."""
+        with self.read() as transaction:
+            old = labels.last_with_content(transaction, scan, tag, sha256)
+            if old is None or _NOT_TAKEN_IN in labels.info(transaction, old.id):
+                return NewLabel(scan, tag, "import", FOLDER)
+        return NewLabel(scan, tag, "restored", FOLDER, parent=old.id, checked_slices=old.checked_slices)
 
     def unchecked_label(self, scan: str, tag: str, name: str, why: str, work: Path) -> LabelChange:
         """A change that keeps a file below ``labels/<tag>/`` which is no label map of its scan; the version notes why.

@@ -29,7 +29,7 @@ from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.store.scans import FoundScan, Known
 from segqc.store.sources import ScanChanges
 from segqc.store.store import Store
-from segqc.store.sync_labels import sync_labels, tag_folders
+from segqc.store.sync_labels import sync_labels, tag_folders, unmounted_folders
 from segqc.text import caseless, nfc, printable
 from segqc.volumes import VolumeError, label_id, scan_id, scan_suffix
 
@@ -120,7 +120,7 @@ def sync(store: Store, patient_of: PatientOf, split_config: SplitConfig, *, stop
             more, fewer = sync_labels(store, folder, noted, stop)
             added, removed = added + more, removed + fewer
     tags = {f"labels/{folder.name}" for folder in folders}
-    astray = beside_tags(store.files.views)
+    astray = unmounted_folders(store) | beside_tags(store.files.views)
     gone = {file for file in noted if "/" in file and os.path.dirname(file) not in tags} - astray.keys()
     fresh = [finding for file, finding in astray.items() if noted.get(file) != finding]
     if gone or fresh:

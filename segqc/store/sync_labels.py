@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 from segqc.store import findings, labels, scans
 from segqc.store.database import Transaction
 from segqc.store.events import FOLDER
-from segqc.store.files import FileState, sha256_of, signature_of
+from segqc.store.files import FileState, holds_labels, sha256_of, signature_of
 from segqc.store.findings import Finding
 from segqc.store.labels import NewLabel
 from segqc.store.misplaced import UNPRINTABLE, visible_files
@@ -56,8 +56,8 @@ def sync_labels(store: Store, folder: Path, noted: Mapping[str, Finding], stop: 
         if name != printable(name):
             unreadable[printable(name)] = UNPRINTABLE
             continue
-        states[name] = FileState(status.st_size, status.st_mtime_ns)
-        if labels.view_mark(f"{tag}/{name}", status.st_size, status.st_mtime_ns) in marks:
+        state = states[name] = FileState.of(status)
+        if labels.view_mark(f"{tag}/{name}", state.size, state.modified_ns) in marks:
             settled += 1
             if own and f"labels/{tag}/{name}" in own:
                 passed.add(f"labels/{tag}/{name}")  # a good one was written in its place
@@ -122,6 +122,8 @@ class _LabelPass:
             for scan, file in self.shown.items()
             if scan not in lying and not os.path.isfile(self.store.files.views / file)
         ]
+        if not lying and may_be_unmounted(self.tag, len(self.shown)):
+            gone = []
         removals = [
             LabelChange(NewLabel(scan, self.tag, "removal", FOLDER), None) for scan in gone if scan in self.scans
         ]
@@ -236,14 +238,40 @@ class _Overtaken(Exception):  # noqa: N818 - not an error
 def tag_folders(store: Store) -> list[Path]:
     """The folders of the tags.
 
-    People's labels do not go with their whole folder, which may just not be mounted. Pseudo-labels do: without their
-    files nobody would see what trains.
+    Pseudo-labels go with their whole folder, which is therefore among them though it is gone: without their files
+    nobody would see what trains.
     """
     if not store.files.views.is_dir():
         return []
     with os.scandir(store.files.views) as found:
         folders = {Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith(".")}
     return sorted(folders | {store.files.views / labels.PSEUDO})
+
+
+def may_be_unmounted(tag: str, shown: int) -> bool:
+    """Whether a tag's folder without a label file may just not be mounted, so that no label is removed by that.
+
+    Args:
+        tag: the tag; pseudo-labels do go with their folder.
+        shown: how many labels of it had files; the file of a single one is more likely removed.
+    """
+    return tag != labels.PSEUDO and shown > 1
+
+
+def unmounted_folders(store: Store) -> dict[str, Finding]:
+    """Folders of tags that hold no label file any more, where the labels stay nevertheless."""
+    with store.read() as transaction:
+        counts = labels.counts(transaction)
+    found: dict[str, Finding] = {}
+    for tag, count in counts.items():
+        if may_be_unmounted(tag, count) and not holds_labels(store.files.views / tag):
+            folder = f"labels/{tag}"
+            sentence = (
+                f"{folder}: is gone or holds no label file, as if it were not mounted; its {count} labels stay as they "
+                "are until the files are back. To remove them, let one file lie there until the others are removed"
+            )
+            found[folder] = Finding(folder, "label", sentence, "")
+    return found
 
 
 def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -132,11 +133,17 @@ class StoreDatastore(Datastore):
         ]
 
     def _final_labels(self) -> list[tuple[Path, LabelRecord]]:
-        """Files and final labels of the labelled scans, in the order of their names."""
+        """Files and final labels of the labelled scans, in the order of their names; each file holds its scan now."""
         with self._store.read() as transaction:
             found = {s.name: s for s in scans.listing(transaction, states=("submitted", "approved"))}
-        labelled = sorted(self._labelled(None).items())
-        return [(self._dataset.scan_file(found[name]), label) for name, label in labelled if name in found]
+        pairs = []
+        for name, label in sorted(self._labelled(None).items()):
+            if name in found:
+                with contextlib.suppress(UnknownScan):  # its file is gone since the last look
+                    scan = self._dataset.verify(found[name])
+                    if scan.id == found[name].id:
+                        pairs.append((self._dataset.scan_file(scan), label))
+        return pairs
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is such a scan, and it is not excluded."""
@@ -159,6 +166,8 @@ class StoreDatastore(Datastore):
             try:
                 with self._store.read() as transaction:
                     scan = scans.get(transaction, name)
+                if scan.missing_since is not None and (self._dataset.folder / scan.file).is_file():
+                    scan = self._dataset.verify(scan)  # it came back since the last look
             except UnknownScan:
                 continue
             if scan.state != "excluded" and scan.missing_since is None:
@@ -369,7 +378,7 @@ class StoreDatastore(Datastore):
         handle, path = tempfile.mkstemp(prefix="segqc-", suffix=".zip")
         os.close(handle)
         try:
-            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
                 for image, final in self._final_labels()[:limit_cases]:
                     archive.write(image, image.name)
                     kept = self._store.label_file(final)
