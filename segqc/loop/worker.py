@@ -357,7 +357,7 @@ class Worker:
             return jobs.get(transaction, job.id)
 
         now = self._write(retry)
-        again = "; it is tried again" if now is not None and now.state == "queued" else ""
+        again = " It is tried again." if now is not None and now.state == "queued" else ""
         logger.warning("%s, attempt %d of %d: %s%s", job.kind, job.attempts, jobs.MAX_ATTEMPTS, reason, again)
 
     def _write(self, change: Callable[[Transaction], T]) -> T | None:
