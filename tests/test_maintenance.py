@@ -22,9 +22,9 @@ from segqc.store import labels, maintenance
 from segqc.store.database import REVISION, StoreDamaged, StoreError
 from segqc.store.records import LabelRecord
 from segqc.store.schema import Bundle
-from segqc.store.store import Store
+from segqc.store.store import LabelLost, Store
 from segqc.store.sync import SyncResult, sync
-from segqc.volumes import scan_id
+from segqc.volumes import VolumeError, scan_id
 from tests.store_kit import ANNA, PLACING, Clock, Steps, label_map, make_scans, save_final, save_mask, sync_scans
 
 
@@ -183,6 +183,20 @@ def test_contents_are_looked_at(store: Store, final: LabelRecord) -> None:
     assert f"{store.label_file(final)}: this label content is damaged" in whats(store)
     store.label_file(final).unlink()
     assert f"{store.label_file(final)}: this label content is missing" in whats(store)
+
+
+def test_content_that_is_gone_or_damaged_is_said_to_be_when_it_is_read(store: Store, final: LabelRecord) -> None:
+    with pytest.raises(VolumeError) as misfit:
+        store.read_label(final, values=())
+    assert not isinstance(misfit.value, LabelLost)
+    damage(store.label_file(final))
+    told = rf"the label version {final.id} of the scan 'scan_1' \(final\) is {{}} segqc/labels; 'segqc db check' names"
+    with pytest.raises(LabelLost, match=told.format("damaged in")):
+        store.read_label(final)
+    store.label_file(final).unlink()
+    for read in (store.read_label, store.kept_file):
+        with pytest.raises(LabelLost, match=told.format("gone from")):
+            read(final)
 
 
 def test_files_that_cannot_be_read_are_named_and_the_others_looked_at(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import html
 import io
 import json
 import os
@@ -32,7 +33,7 @@ from segqc.loop.requests import RoundRequest, enqueue
 from segqc.networks.card import NetworkName
 from segqc.networks.model import ModelError
 from segqc.server.serve import default_app_dir
-from segqc.store import bundles, corrections, events, jobs, leases
+from segqc.store import bundles, corrections, events, jobs, labels, leases
 from segqc.store.database import Database, StoreDamaged, StoreUnavailable, Transaction
 from segqc.store.events import SERVER
 from segqc.store.schema import Bundle
@@ -679,6 +680,36 @@ def test_a_model_that_cannot_be_seen_is_named(
     finally:
         monkeypatch.undo()
         forget_models(base)
+
+
+@pytest.mark.usefixtures("models")
+def test_kept_content_that_is_gone_or_damaged_is_the_servers_fault(client: TestClient, base: Path) -> None:
+    store = studies_of(client).store
+    with store.read() as transaction:
+        label = labels.current(transaction, "scan_0", "final")
+    assert label is not None
+    kept = store.label_file(label)
+    content = kept.read_bytes()
+    asked = [
+        ("GET", "/datastore/label?label=scan_0&tag=final"),
+        ("GET", "/datastore/dataset"),
+        ("POST", "/infer/segqc?image=scan_0&label_tag=final"),
+        ("GET", "/scans/scan_0"),
+    ]
+    kept.chmod(0o644)
+    try:
+        for damaged, paths in ((content[:-9], asked[2:]), (None, asked)):
+            kept.unlink()
+            if damaged is not None:
+                kept.write_bytes(damaged)
+            for method, path in paths:
+                answer = client.request(method, path)
+                assert answer.status_code == 500, (path, answer.text)
+                assert f"label version {label.id} of the scan 'scan_0'" in html.unescape(answer.text)
+                assert str(base) not in answer.text
+    finally:
+        kept.write_bytes(content)
+    assert client.get(asked[0][1]).status_code == 200
 
 
 @pytest.mark.parametrize("lost", [StoreUnavailable, StoreDamaged])

@@ -228,7 +228,7 @@ def _check(check: LabelCheck | None, *, as_json: bool, as_csv: bool) -> Row:
 def _export_label(dataset: Dataset, version: LabelRecord, out: Path) -> None:
     from segqc.volumes import atomic_write
 
-    source = dataset.store.label_file(version)
+    source = dataset.store.kept_file(version)
     if not out.name.endswith(version.suffix or ""):
         raise CommandError(f"{out}: the version {version.id} is a {version.suffix} file; give it this suffix")
     refuse_overwriting(out)

@@ -188,9 +188,7 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, progress:
             for tag in tags:
                 label = current[tag].get(scan.name)
                 if label is not None and label.suffix is not None and label.source != "pseudo-label":
-                    place(
-                        store.label_file(label), temporary / "labels" / tag / f"{scan.name}{label.suffix}", link=False
-                    )
+                    place(store.kept_file(label), temporary / "labels" / tag / f"{scan.name}{label.suffix}", link=False)
                     noted = infos.get(label.id, {})
                     if label.checked_slices is not None:
                         noted = {**noted, _CHECKED: list(label.checked_slices)}

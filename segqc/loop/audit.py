@@ -17,7 +17,7 @@ from segqc.store import label_verdicts, scans
 from segqc.store.label_verdicts import AuditedLabel, LabelVerdict
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
-from segqc.volumes import VolumeError, read_labels
+from segqc.volumes import VolumeError
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _judge(dataset: Dataset, found: AuditedLabel, bundle: NetworkBundle, judge: 
         record = scans.get(transaction, found.scan)
     label = found.label
     scan = dataset.read_scan(ScanEntry(record.name, dataset.folder / record.file, None, None, record.sha256))
-    labels = read_labels(dataset.store.label_file(label), scan=scan, values=judge.values)
+    labels = dataset.store.read_label(label, scan=scan, values=judge.values)
     origin = origin_of(dataset, label, scan)  # without what its network says: that may have trained from this label
     slices = origin.network_slices
     result = judge.assess(scan, labels, scan_id=found.scan, source=origin.source, network_slices=slices)

@@ -20,7 +20,6 @@ from segqc.store.database import Transaction
 from segqc.store.labels import mask_source
 from segqc.store.records import LabelRecord
 from segqc.types import Assessment
-from segqc.volumes import read_labels
 
 
 class NotCheckedError(SegqcError):
@@ -80,7 +79,7 @@ def check_label(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
         )
     entry = dataset.scan(label.scan)
     scan = dataset.read_scan(entry)
-    labels = read_labels(dataset.store.label_file(label), scan=scan, values=assessor.values)
+    labels = dataset.store.read_label(label, scan=scan, values=assessor.values)
     result = assess(bundle, scan, labels, None, scan_id=entry.id, origin=origin_of(dataset, label, scan))
     dataset.write_assessment(result.assessment, label, bundle.number, content=entry.sha256)
     error_maps.write(dataset, label.id, bundle.number, error_maps.quantised(result.errors))

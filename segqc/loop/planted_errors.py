@@ -23,7 +23,7 @@ from segqc.store.records import Actor, AttentionCheck, LabelRecord, LeaseRecord
 from segqc.store.store import LabelChange
 from segqc.training.implanted_errors import ErrorKind, implant_errors
 from segqc.types import BoolArray, LabelArray
-from segqc.volumes import Volume, read_labels, read_scan, temporary_labels, through_plane_axis
+from segqc.volumes import Volume, read_scan, temporary_labels, through_plane_axis
 from segqc.volumes.slices import Slices
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def plant_error(dataset: Dataset, lease: LeaseRecord) -> None:
         return
     try:
         image = read_scan(dataset.scan_file(scan), limits=dataset.settings.intake)
-        mask = read_labels(dataset.store.label_file(served), scan=image)
+        mask = dataset.store.read_label(served, scan=image)
         planted = _planted(dataset, image, mask, lease.slices, rng)
         if planted is None:
             return
@@ -125,7 +125,7 @@ def proposal_beside_error(dataset: Dataset, proposal: LabelRecord, actor: Actor 
         shown = attention_checks.shown_to(transaction, served, actor)
     if shown == served:
         return None
-    after, before, planted = (read_labels(dataset.store.label_file(label)) for label in (proposal, served, shown))
+    after, before, planted = (dataset.store.read_label(label) for label in (proposal, served, shown))
     array = np.where(after.array != before.array, after.array, planted.array)
     return Volume(array, after.affine, after.acquisition_axis)
 
@@ -161,8 +161,8 @@ def repair(dataset: Dataset, check: AttentionCheck, submitted: Volume) -> Repair
     Raises:
         VolumeError: if a kept label map can't be read any more.
     """
-    served = read_labels(dataset.store.label_file(check.served)).array
-    shown = read_labels(dataset.store.label_file(check.shown)).array
+    served = dataset.store.read_label(check.served).array
+    shown = dataset.store.read_label(check.shown).array
     if served.shape != submitted.shape:  # of a scan's content that was replaced
         return Repaired(check, submitted, is_found=False, is_changed=False)
     planted = served != shown

@@ -22,7 +22,7 @@ from segqc.store import labels, scans
 from segqc.store.labels import FINAL
 from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.types import BoolArray, LabelArray, Structure
-from segqc.volumes import read_grid, read_labels, through_plane_axis
+from segqc.volumes import read_grid, through_plane_axis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def _change(dataset: Dataset, use: _Use) -> tuple[float, float] | None:
     versions = (use.start, use.proposal, use.submitted, use.final)
     try:
         grid = read_grid(dataset.scan_file(use.scan))
-        volumes = [read_labels(dataset.store.label_file(version), scan=grid) for version in versions]
+        volumes = [dataset.store.read_label(version, scan=grid) for version in versions]
     except (SegqcError, OSError):  # such as of a scan's content that was replaced
         return None
     start, proposed, submitted, final = (np.asarray(volume.array, np.uint8) for volume in volumes)

@@ -27,7 +27,7 @@ from segqc.store.labels import FINAL, PROPOSAL, NewLabel, mask_source
 from segqc.store.records import Actor, JsonObject, LabelRecord, TakenProposal
 from segqc.store.store import LabelChange
 from segqc.types import Assessment, FloatArray, MaskSource, label_names
-from segqc.volumes import Volume, read_labels, temporary_labels
+from segqc.volumes import Volume, temporary_labels
 
 _BOXES: Final = TypeAdapter(tuple[ProposedBox, ...])
 
@@ -83,7 +83,7 @@ def proposal_of(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
         )
     entry = dataset.scan(label.scan)
     scan = dataset.read_scan(entry)
-    start = read_labels(dataset.store.label_file(label), scan=scan, values=assessor.values)
+    start = dataset.store.read_label(label, scan=scan, values=assessor.values)
     assessment, errors = _judged(dataset, entry, label, source, bundle, scan, start)
     structures, axis = assessor.structures, assessment.through_plane_axis
     found = {quality.name: quality.raw.boxes for quality in assessment.structures}

@@ -18,7 +18,7 @@ from segqc.store.database import StoreError
 from segqc.store.labels import FINAL, NewLabel
 from segqc.store.records import Actor, LabelRecord
 from segqc.types import LabelArray
-from segqc.volumes import Volume, read_grid, read_labels, temporary_labels, through_plane_axis
+from segqc.volumes import Volume, read_grid, temporary_labels, through_plane_axis
 from segqc.volumes.slices import Slices, common, part
 
 Method: TypeAlias = Literal["staple", "majority"]
@@ -80,7 +80,7 @@ def inter_rater(dataset: Dataset, scan: str) -> list[ReaderPair]:
     found = readings(dataset, scan)
     if len(found) < 2:
         return []
-    arrays = {record.id: read_labels(dataset.store.label_file(record)).array for record in found}
+    arrays = {record.id: dataset.store.read_label(record).array for record in found}
     axis = through_plane_axis(read_grid(dataset.image_file(dataset.scan(scan))))
     pairs = []
     for a, b in itertools.combinations(found, 2):
@@ -112,12 +112,12 @@ def make_consensus(dataset: Dataset, scan: str, method: Method | str, actor: Act
         if not chosen:
             names = ", ".join(record.actor.name for record in found) or "nobody"
             raise StoreError(f"{method!r} has not read the scan {scan!r}; {names} has")
-        source = dataset.store.label_file(chosen[0])
+        source = dataset.store.kept_file(chosen[0])
         return dataset.store.save_label(_consensus(chosen, actor), source)
     if len(found) < 2:
         raise StoreError(f"a consensus of the scan {scan!r} needs two readings or more, there are {len(found)}")
     consensus = _consensus(found, actor)
-    volumes = [read_labels(dataset.store.label_file(record)) for record in found]
+    volumes = [dataset.store.read_label(record) for record in found]
     arrays = np.stack([np.asarray(volume.array, np.uint8) for volume in volumes])
     merged = staple(arrays) if method == "staple" else majority(arrays)
     with temporary_labels(Volume(merged, volumes[0].affine, volumes[0].acquisition_axis)) as source:

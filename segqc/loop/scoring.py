@@ -248,7 +248,7 @@ def current_mask(
         prediction = segmenter.predict(scan)
         mask = keep_mask(dataset, entry.id, prediction.labels, bundle, content=entry.sha256)
         return mask, prediction.labels, prediction
-    labels = read_labels(dataset.store.label_file(mask), scan=scan, values=segmenter.values)
+    labels = dataset.store.read_label(mask, scan=scan, values=segmenter.values)
     return mask, labels, segmenter.predict(scan) if mask.bundle is not None else None
 
 
@@ -308,7 +308,7 @@ def origin_of(dataset: Dataset, label: LabelRecord, scan: Volume) -> MaskOrigin:
         return MaskOrigin(source, label.bundle.segmenter_version if label.bundle and by_segmenter else None)
     if made_of is None:
         return MaskOrigin(source)
-    before, after = (read_labels(dataset.store.label_file(version), scan=scan) for version in (made_of, label))
+    before, after = (dataset.store.read_label(version, scan=scan) for version in (made_of, label))
     slices = unchanged(before.array, after.array, through_plane_axis(scan))
     by = made_of.bundle.segmenter_version if slices and made_of.bundle is not None else None
     return MaskOrigin(source, by, slices)
@@ -339,7 +339,7 @@ def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: Ne
         return error_maps.highest(kept)
     assessor = bundle.assessor()
     volume = dataset.read_scan(ScanEntry(scan.name, dataset.folder / scan.file, None, None, scan.sha256))
-    labels = read_labels(dataset.store.label_file(label), scan=volume, values=assessor.values)
+    labels = dataset.store.read_label(label, scan=volume, values=assessor.values)
     origin = origin_of(dataset, label, volume)
     prediction = own_prediction(bundle, volume, origin)
     plausible = None if prediction is None else prediction.plausible

@@ -30,7 +30,7 @@ from segqc.store.records import (
 from segqc.store.scans import ScanReplaced
 from segqc.store.store import LabelChange
 from segqc.types import LabelArray, Structure
-from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
+from segqc.volumes import Volume, VolumeError, temporary_labels, through_plane_axis
 from segqc.volumes.slices import Slices, differing, part, united
 
 
@@ -486,7 +486,7 @@ def _read(dataset: Dataset, label: LabelRecord | None, end: Volume) -> Volume | 
     if label is None:
         return None
     try:
-        before = read_labels(dataset.store.label_file(label))
+        before = dataset.store.read_label(label)
     except VolumeError:
         return None
     return before if before.shape == end.shape else None

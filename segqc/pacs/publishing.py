@@ -24,7 +24,6 @@ from segqc.store.database import StoreDamaged, StoreUnavailable
 from segqc.store.records import LabelRecord, ScanRecord, SegmentationRecord, SeriesRecord
 from segqc.store.store import Store
 from segqc.types import label_names
-from segqc.volumes import read_labels
 
 if TYPE_CHECKING:
     from segqc.pacs.source import PacsScans
@@ -129,7 +128,7 @@ class Publisher:
 
     def _send(self, label: LabelRecord, scan: ScanRecord, series: SeriesRecord) -> bool:
         """Send the SEG of a label version; returns whether there is one."""
-        array = read_labels(self._store.label_file(label), limits=self._settings.intake).array
+        array = self._store.read_label(label).array
         if not array.any():
             return False
         images = self._source.images(self._store, scan)

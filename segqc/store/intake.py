@@ -21,6 +21,10 @@ class Intake(Protocol):
     """The checks of scans and labels on their way into the store."""
 
     @property
+    def limits(self) -> ReadLimits:
+        """Bounds on size and time of a read."""
+
+    @property
     def version(self) -> str:
         """Another one when files would be checked in another way, so that refused ones are checked again."""
 
@@ -53,6 +57,7 @@ class AnyContent:
     """Takes every file by its name: for stores whose files somebody else has checked."""
 
     version: str = ""
+    limits: ReadLimits = field(default_factory=ReadLimits)
 
     def scan(self, path: Path, shown: str) -> ScanContent:
         """Take any file."""

@@ -48,7 +48,17 @@ from segqc.store.labels import FINAL, PROPOSAL, PSEUDO, RETURNED, NewLabel
 from segqc.store.records import Actor, LabelRecord, ScanRecord, ScanState
 from segqc.store.schema import OPEN_STATES, Folder
 from segqc.store.sources import ScanSource
-from segqc.volumes import SCAN_SUFFIXES, VolumeError, atomic_write, label_id, label_suffix, write_labels
+from segqc.volumes import (
+    SCAN_SUFFIXES,
+    Volume,
+    VolumeError,
+    atomic_write,
+    label_id,
+    label_suffix,
+    read_labels,
+    write_labels,
+)
+from segqc.volumes.volume import Grid
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +140,21 @@ class LabelTransaction:
     def all_versions(self) -> list[LabelRecord]:
         """The same, with those that nobody asked for."""
         return [labels.add(self.transaction, label)[0] for label in self._new]
+
+
+class LabelLost(StoreError, VolumeError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """The kept content of a label version is gone or damaged: not the caller's fault.
+
+    Whoever works through many scans meets it as any label that can't be used.
+    """
+
+    status = 500
+
+    def __init__(self, label: LabelRecord, what: str) -> None:
+        super().__init__(
+            f"the label version {label.id} of the scan {label.scan!r} ({label.tag}) is {what} {OWN_FOLDER}/labels; "
+            "'segqc db check' names all such files: copy them from a backup, or submit the label once more"
+        )
 
 
 class Store:
@@ -343,6 +368,42 @@ class Store:
         if label.sha256 is None or label.suffix is None:
             raise StoreError(f"the label version {label.id} is a removal and has no file")
         return self.files.object_path(label.sha256, label.suffix)
+
+    def kept_file(self, label: LabelRecord) -> Path:
+        """The same, and it is there.
+
+        Raises:
+            StoreError: for a removal.
+            LabelLost: if it is gone.
+        """
+        path = self.label_file(label)
+        if not path.is_file():
+            raise LabelLost(label, "gone from")
+        return path
+
+    def read_label(
+        self, label: LabelRecord, *, scan: Grid | None = None, values: Collection[int] | None = None
+    ) -> Volume:
+        """Read a version's content, as `segqc.volumes.read_labels` does.
+
+        Args:
+            label: the version.
+            scan: the scan that it is to lie on; None for the label's own grid.
+            values: the label values allowed besides 0; None allows all.
+
+        Raises:
+            StoreError: for a removal.
+            LabelLost: if the content is gone, or is not what was kept.
+            VolumeError: if it does not lie on the scan's grid, or has other values.
+        """
+        path = self.kept_file(label)
+        try:
+            return read_labels(path, scan=scan, values=values, limits=self.intake.limits)
+        except (VolumeError, OSError) as error:
+            with contextlib.suppress(OSError):
+                if sha256_of(path) == label.sha256:
+                    raise
+            raise LabelLost(label, "damaged in") from error
 
     def view_file(self, label: LabelRecord) -> Path:
         """The file ``labels/<tag>/<scan>`` that shows a current version."""

@@ -275,7 +275,7 @@ class _Run:
         if lease.label_version is not None:
             with self.dataset.store.read() as transaction:
                 start = labels.get(transaction, lease.label_version)
-            mask = np.asarray(read_labels(self.dataset.store.label_file(start)).array, np.uint8)
+            mask = np.asarray(self.dataset.store.read_label(start).array, np.uint8)
         rng = generator_of(self.seed, lease.scan)
         corrected = correct(mask, truth, self.study.annotator, rng, lease.slices)
         submit_label(
@@ -367,7 +367,7 @@ class _Run:
             waiting = set(scans.names(transaction)) - finals.keys()
         found = finals, accepted, {scan: mask for scan, mask in masks.items() if scan in waiting}
         finals_, accepted_, masks_ = (
-            {scan: np.asarray(read_labels(store.label_file(label)).array, np.uint8) for scan, label in kind.items()}
+            {scan: np.asarray(store.read_label(label).array, np.uint8) for scan, label in kind.items()}
             for kind in found
         )
         return finals_, accepted_, masks_

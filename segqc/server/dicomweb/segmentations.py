@@ -14,7 +14,7 @@ from segqc.server.dicomweb.series import IMAGES, DicomScan
 from segqc.server.errors import RequestError
 from segqc.store.records import LabelRecord
 from segqc.types import LabelArray
-from segqc.volumes import VolumeError, read_labels
+from segqc.volumes import VolumeError
 from segqc.volumes.dicom_seg import read_segmentation_header
 
 
@@ -37,7 +37,7 @@ def to_segmentation(
         RequestError: 404 if the scan's file is gone; 409 if its images' headers lack what a SEG needs.
         SourceUnavailable: if the PACS does not answer, or holds other images by now.
     """
-    array = read_labels(dataset.store.label_file(label), limits=dataset.settings.intake).array
+    array = dataset.store.read_label(label).array
     images, headers = _images(dataset, archive, scan, array)
     try:
         return make_segmentation(images, headers, names, label, str(headers[0].SeriesInstanceUID))

@@ -137,7 +137,6 @@ class DatasetApp(MONAILabelApp):
                 assessed = self._mask_to_assess(image, request.get("label_tag"))
         task_request["label_record"] = None  # whatever the client says
         if assessed is not None:
-            task_request["label"] = str(self.context.dataset.store.label_file(assessed))
             task_request["label_record"] = assessed
         path, params = task(task_request)
         if assessed is not None:

@@ -33,7 +33,7 @@ from segqc.store.schema import OPEN_STATES
 from segqc.store.sync import ScanExists
 from segqc.text import nfc
 from segqc.types import label_names
-from segqc.volumes import VolumeError, read_labels, read_scan, scan_id, scan_suffix, temporary_labels
+from segqc.volumes import VolumeError, read_scan, scan_id, scan_suffix, temporary_labels
 
 Info: TypeAlias = dict[str, Any]  # MONAI Label's own form: whatever JSON a client sent
 
@@ -263,7 +263,7 @@ class StoreDatastore(Datastore):
 
     def get_label(self, label_id: str, label_tag: str, params: object = None) -> io.BytesIO:
         """The file of a current label."""
-        return io.BytesIO(self._store.label_file(self._known_label(label_id, label_tag)).read_bytes())
+        return io.BytesIO(self._store.kept_file(self._known_label(label_id, label_tag)).read_bytes())
 
     def get_label_info(self, label_id: str, label_tag: str) -> Info:
         """What is noted of a label, and which version it is."""
@@ -381,11 +381,10 @@ class StoreDatastore(Datastore):
             with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
                 for image, final in self._final_labels()[:limit_cases]:
                     archive.write(image, image.name)
-                    kept = self._store.label_file(final)
                     if names is None or same_values(names):
-                        archive.write(kept, f"labels/final/{final.scan}{final.suffix}")
+                        archive.write(self._store.kept_file(final), f"labels/final/{final.scan}{final.suffix}")
                         continue
-                    with temporary_labels(to_client(read_labels(kept), names)) as delivered:
+                    with temporary_labels(to_client(self._store.read_label(final), names)) as delivered:
                         archive.write(delivered, f"labels/final/{final.scan}.nii.gz")
         except BaseException:
             os.unlink(path)

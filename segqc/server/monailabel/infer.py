@@ -87,10 +87,10 @@ class LikelyErrors(NetworkTask):
         super().__init__(context, "segqc", {LIKELY_ERROR: LIKELY_ERROR_VALUE}, description)
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``.
+        """Assess a label map of the scan at ``request["image"]``.
 
-        ``request["label_record"]`` is the label version that it is, if it is one; else a network made it, for all that
-        is known.
+        It is the label version ``request["label_record"]``; without one that at ``request["label"]``, which a network
+        made, for all that is known; without either a new one.
         """
         bundle = self.context.bundle("segqc")
         assessor = bundle.assessor()
@@ -99,7 +99,10 @@ class LikelyErrors(NetworkTask):
         version: LabelRecord | None = request.get("label_record")
         origin = BY_A_NETWORK if version is None else origin_of(self.context.dataset, version, scan)
         prediction: Prediction | None = None
-        if request.get("label"):
+        if version is not None:
+            labels = self.context.dataset.store.read_label(version, scan=scan, values=assessor.values)
+            assessed = "label"
+        elif request.get("label"):
             labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
             assessed = "label"
         else:

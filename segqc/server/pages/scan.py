@@ -35,7 +35,7 @@ from segqc.server.routers.dependencies import AskingUser, in_turn
 from segqc.store.labels import FINAL
 from segqc.store.records import LabelRecord
 from segqc.types import PredictionInterval, SliceQuality, Structure, StructureQuality, applying
-from segqc.volumes import Volume, read_grid, read_labels, temporary_labels, write_labels
+from segqc.volumes import Volume, read_grid, temporary_labels, write_labels
 from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
 
 router = APIRouter(prefix="/scans/{scan}", include_in_schema=False)
@@ -463,7 +463,7 @@ def download_version(scan: Scan, version: Annotated[int, Path(ge=1, le=MAX_INTEG
         return _attachment(content, name)
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         path = FilePath(folder) / f"label{suffix}"
-        write_labels(read_labels(shown.context.dataset.store.label_file(label)), path)
+        write_labels(shown.context.dataset.store.read_label(label), path)
         return _attachment(path.read_bytes(), name)
 
 

@@ -29,7 +29,6 @@ from segqc.store.labels import FINAL, PROPOSAL
 from segqc.store.queue import ShownState, shown_state
 from segqc.store.records import EventRecord, LabelRecord, LeaseRecord, ScanRecord
 from segqc.types import Assessment, LabelArray, Structure
-from segqc.volumes import read_labels
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +154,7 @@ class ShownScan:
     def _array(self, label: LabelRecord | None) -> LabelArray | None:
         if label is None or label.sha256 is None:
             return None
-        return _labels.get(label.sha256, lambda: read_labels(self.context.dataset.store.label_file(label)).array)
+        return _labels.get(label.sha256, lambda: self.context.dataset.store.read_label(label).array)
 
     def array(self, label: LabelRecord) -> LabelArray:
         """A label version's voxels, in the scan file's own order."""

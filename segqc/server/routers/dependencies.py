@@ -25,7 +25,7 @@ from segqc.store import labels, scans
 from segqc.store.labels import IGNORED, LIKELY_ERRORS_TAG
 from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.store.store import Store, suffix_of
-from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, read_labels, write_labels
+from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, write_labels
 from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
 from segqc.volumes.intake import check_scan
 
@@ -174,12 +174,13 @@ def send_label(label: LabelRecord, actor: Actor | None) -> FileResponse:
         label: the version; where an error is planted into it for an annotator, the one that this one gets.
         actor: the annotator; None for a client that does not say.
     """
-    context, path = current_app().context, open_store().label_file(label)
+    context, store = current_app().context, open_store()
+    path = store.kept_file(label)
     name, names = f"{label.scan}{suffix_of(path)}", context.labels()
     voxels = proposal_beside_error(context.dataset, label, actor)
     if voxels is None and (label.tag in (LIKELY_ERRORS_TAG, IGNORED) or same_values(names)):
         return FileResponse(path, media_type="application/octet-stream", filename=name)
-    voxels = to_client(voxels or read_labels(path), names)
+    voxels = to_client(voxels or store.read_label(label), names)
     handle, delivered = tempfile.mkstemp(prefix="segqc-", suffix=suffix_of(path))
     os.close(handle)
     write_labels(voxels, Path(delivered))

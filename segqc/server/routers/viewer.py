@@ -57,7 +57,7 @@ from segqc.store.labels import FINAL, ORIGINAL, PROPOSAL
 from segqc.store.records import Actor, JsonObject, LabelRecord, TakenProposal
 from segqc.store.scans import ScanReplaced, drawn_on_another
 from segqc.types import LabelArray
-from segqc.volumes import Volume, read_grid, read_labels
+from segqc.volumes import Volume, read_grid
 
 router = APIRouter(prefix="/segqc/viewer", tags=["SegQC"])
 
@@ -340,7 +340,7 @@ def _read(scan: DicomScan, label: LabelRecord) -> LabelArray:
     """The voxels of a label version, on the scan's grid and in its file's order."""
     context = current_app().context
     grid = read_grid(context.dataset.scan_file(scan.record), limits=context.settings.intake)
-    found: LabelArray = read_labels(open_store().label_file(label), scan=grid).array
+    found: LabelArray = open_store().read_label(label, scan=grid).array
     return found
 
 
