@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -91,7 +92,8 @@ def measure(seed: int, data: Path, work: Path) -> Result:
     in_part = [replace(case, slices=worst_slices(first, case)) for case in others]
     depths = {case.id: depth(case) for case in cases}
     opened = sum(depths[case.id] for case in whole) + IN_PART * SLICES
-    as_many = [case for i, case in enumerate(cases) if sum(depths[c.id] for c in cases[: i + 1]) <= opened]
+    totals = itertools.accumulate(depths[case.id] for case in cases)
+    as_many = [case for case, total in zip(cases, totals, strict=True) if total <= opened]
     by_slices = [replace(case, weight=SLICES / depths[case.id]) for case in in_part]
     networks = {
         FIRST: first,
@@ -151,7 +153,9 @@ def main() -> None:
         result = measure(arguments.seed, arguments.data, arguments.work)
         kept = [*(r for r in read() if r.seed != result.seed), result]
         RESULTS.write_text(json.dumps([asdict(r) for r in sorted(kept, key=lambda r: r.seed)], indent=1) + "\n")
-    Console().print(table(read()), markup=False, soft_wrap=True)
+    if not (results := read()):
+        raise SystemExit(f"{RESULTS}: there are no results yet; run a seed first")
+    Console().print(table(results), markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

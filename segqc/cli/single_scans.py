@@ -72,13 +72,13 @@ def predict(
     model: ModelFile = None,
 ) -> None:
     """Segment scans with the trained segmentation network; the masks lie on the scans' own grids."""
-    from segqc.volumes import SCAN_SUFFIXES, VolumeError, label_suffix, read_scan, scan_id, scan_suffix, write_labels
+    from segqc.volumes import VolumeError, label_suffix, read_scan, scan_id, scan_suffix, write_labels
 
     to_file = scan_suffix(out.name) is not None
     if to_file and len(scans) > 1:
         raise typer.BadParameter("several scans need a folder, not one mask file", param_hint="--out")
     if not to_file and label_suffix(out.name) is not None:
-        raise CommandError(f"{out}: masks are written as {', '.join(SCAN_SUFFIXES)}; choose one of these suffixes")
+        raise _no_mask_name(out)
     twice = sorted(name for name, count in Counter(map(scan_id, scans)).items() if count > 1)
     if twice:
         raise CommandError(
@@ -139,7 +139,7 @@ def assess(
     from segqc.plots import draw_assessment, is_picture_name
     from segqc.quality.likely_errors import likely_errors, sentence
     from segqc.types import segment_names
-    from segqc.volumes import SCAN_SUFFIXES, read_labels, read_scan, scan_id, scan_suffix, write_labels
+    from segqc.volumes import read_labels, read_scan, scan_id, scan_suffix, write_labels
 
     for named in (picture, errors):
         if named is not None:
@@ -147,7 +147,7 @@ def assess(
     if picture is not None and not is_picture_name(picture):
         raise CommandError(f"{picture}: pictures are written as .png, .pdf or .svg; choose one of these suffixes")
     if errors is not None and scan_suffix(errors.name) is None:
-        raise CommandError(f"{errors}: masks are written as {', '.join(SCAN_SUFFIXES)}; choose one of these suffixes")
+        raise _no_mask_name(errors)
     _refuse_missing(scan, mask)
     volume = read_scan(scan)
     assessor = _assessor(_models_folder(dataset, scan), model)
@@ -236,6 +236,12 @@ def _ends(intervals: MetricIntervals) -> dict[str, Cell]:
         cells[f"{name}_high"] = interval.high if interval is not None else None
     levels = [interval.level for interval in of_metrics.values() if interval is not None]
     return {**cells, "interval_level": levels[0] if levels else None}
+
+
+def _no_mask_name(path: Path) -> CommandError:
+    from segqc.volumes import SCAN_SUFFIXES
+
+    return CommandError(f"{path}: masks are written as {', '.join(SCAN_SUFFIXES)}; choose one of these suffixes")
 
 
 def _refuse_missing(*paths: Path) -> None:

@@ -135,9 +135,7 @@ class DatasetApp(MONAILabelApp):
             task_request.update(image=store.get_image_uri(image), image_id=image)
             if name == "segqc" and not request.get("label"):
                 assessed = self._mask_to_assess(image, request.get("label_tag"))
-        task_request["label_record"] = None  # whatever the client says
-        if assessed is not None:
-            task_request["label_record"] = assessed
+        task_request["label_record"] = assessed  # whatever the client says
         path, params = task(task_request)
         if assessed is not None:
             params.update(label_tag=assessed.tag, label_version=assessed.id, label_sha256=assessed.sha256)

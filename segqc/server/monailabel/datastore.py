@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import re
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
@@ -132,18 +132,19 @@ class StoreDatastore(Datastore):
             for image, final in self._final_labels()
         ]
 
-    def _final_labels(self) -> list[tuple[Path, LabelRecord]]:
+    def _final_labels(self) -> Iterator[tuple[Path, LabelRecord]]:
         """Files and final labels of the labelled scans, in the order of their names; each file holds its scan now."""
         with self._store.read() as transaction:
             found = {s.name: s for s in scans.listing(transaction, states=("submitted", "approved"))}
-        pairs = []
         for name, label in sorted(self._labelled(None).items()):
-            if name in found:
-                with contextlib.suppress(UnknownScan):  # its file is gone since the last look
-                    scan = self._dataset.verify(found[name])
-                    if scan.id == found[name].id:
-                        pairs.append((self._dataset.scan_file(scan), label))
-        return pairs
+            if name not in found:
+                continue
+            try:
+                scan = self._dataset.verify(found[name])
+            except UnknownScan:
+                continue  # its file is gone since the last look
+            if scan.id == found[name].id:
+                yield self._dataset.scan_file(scan), label
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is such a scan, and it is not excluded."""
@@ -379,7 +380,7 @@ class StoreDatastore(Datastore):
         os.close(handle)
         try:
             with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
-                for image, final in self._final_labels()[:limit_cases]:
+                for image, final in itertools.islice(self._final_labels(), limit_cases):
                     archive.write(image, image.name)
                     if names is None or same_values(names):
                         archive.write(self._store.kept_file(final), f"labels/final/{final.scan}{final.suffix}")

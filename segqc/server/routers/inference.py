@@ -20,7 +20,6 @@ from segqc.server.names import known
 from segqc.server.parameters import InferParams, InferText
 from segqc.server.routers.dependencies import SentOnce, check_received, known_image, known_session, receive
 from segqc.server.submitted_labels import read_submission
-from segqc.store.store import LabelLost
 from segqc.volumes import LABEL_SUFFIXES, VolumeError, write_labels
 
 router = APIRouter()
@@ -82,11 +81,10 @@ def _infer(
             wanted["label"] = str(_read_uploaded(received, scan, params))
         try:
             made = app.infer(wanted)
-        except LabelLost:
-            raise
         except VolumeError as error:
-            sentence = str(error).replace(str(wanted.get("label")), "the label map")
-            raise RequestError(422, sentence) from error
+            if label is None:
+                raise
+            raise RequestError(422, str(error).replace(wanted["label"], "the label map")) from error
     return _reply(made, output)
 
 
